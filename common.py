@@ -1,0 +1,757 @@
+"""Plumbing that simclr.py, byol.py, barlow_twins.py and knn_eval.py share.
+
+Whatever changes a gradient is in the method files. This file feeds them (images, encoders), measures (kNN monitor,
+spread), records (run folder, checkpoint, log, pictures, Weights & Biases) and turns mistakes into one-line errors.
+"""
+
+import errno
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import List, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm.auto import tqdm
+
+# ------------------------------------------------------------------------------------------ errors, command line
+
+
+class UserError(Exception):
+    """What a user can mend: each line is printed behind 'error: ', and the process ends with `status`."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+def check(condition, message):
+    """Raise UserError(message) unless condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def cli(args_class, main):
+    """Read the flags of `args_class` with tyro, run `main(args)`, and end as README.md's 'Exit status' says."""
+    import tyro
+
+    if hasattr(sys.stdout, "reconfigure"):  # a file name must not break printing, whatever the locale
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # In a cell pasted into a notebook argv is the kernel's own; under `%run file.py --flag` it is the user's.
+    argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]
+    try:
+        main(tyro.cli(args_class, args=argv))
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_args(args):
+    """Refuse numbers that the methods can not work with; tyro has refused wrong types. UserError."""
+    at_least = dict(seed=0, image_size=4, width=1, hidden_dim=1, projection_dim=1, projection_layers=1, epochs=0,
+                    batch_size=2, lr=0, weight_decay=0, warmup_epochs=0, eval_every=0, knn_k=1, checkpoint_every=1)  # fmt: skip
+    at_most = dict(seed=2**63, image_size=1024, width=1024, hidden_dim=2**16, projection_dim=2**16, projection_layers=16)
+    for key, low in at_least.items():
+        value, high = getattr(args, key), at_most.get(key, float("inf"))
+        if value is None:  # image_size: the images' own
+            continue
+        check(low <= value <= high and math.isfinite(value), f"--{key.replace('_', '-')} {value} must be at least {low}"
+              + (f" and at most {high}" if key in at_most else " and finite" if isinstance(value, float) else ""))  # fmt: skip
+    check(args.lr > 0, "--lr 0 trains nothing; use --epochs 0 for the untrained encoder")
+    check(args.knn_temperature is None or 0 < args.knn_temperature < math.inf,
+          f"--knn-temperature {args.knn_temperature} must be above 0 and finite")  # fmt: skip
+
+
+def pick_device(name):
+    """'auto' takes CUDA, else Apple's MPS, else the CPU. UserError where the named one is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    check(there[name], f"--device {name}: no such device here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def pick_precision(name, device):
+    """'auto': bf16 where the GPU computes it natively (capability 8.0 and up), fp16 on older ones, fp32 elsewhere."""
+    if name == "auto":
+        # torch.cuda.is_bf16_supported() counts emulation, so ask for the capability itself.
+        name = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    check(name != "fp16" or device.type == "cuda", f"--precision fp16 needs --device cuda, not {device.type}")
+    return name
+
+
+def seed_step(seed, step, stream=0):
+    """Make every later draw a pure function of (seed, step, stream), so that a resumed run repeats nothing.
+
+    `stream` tells apart what is drawn at the same step (the processes of one run, the pictures).
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def epoch_order(n, seed, epoch):
+    """The permutation of range(n) for one epoch, int64 [n] on the CPU: the same on every process and after a resume."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+    return torch.randperm(n, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------ images
+
+
+@dataclass
+class Images:
+    """A data set in memory. Labels are -1 where unlabelled; `mean` and `std` are of the training images in [0, 1]."""
+
+    train: torch.Tensor  # uint8 [N, 3, S, S] on the device
+    train_labels: torch.Tensor  # int64 [N] on the CPU
+    test: torch.Tensor  # uint8 [M, 3, S, S]; M may be 0
+    test_labels: torch.Tensor  # int64 [M]
+    class_names: List[str]
+    mean: List[float]
+    std: List[float]
+    grey: bool  # all training images have three equal channels
+    train_files: Optional[List[str]] = None  # relative to data_dir, for images that came as files
+    test_files: Optional[List[str]] = None
+
+
+def load_images(dataset, data_dir="data", image_size=None, device="cpu"):
+    """Load a data set as uint8 tensors on `device`, square, RGB, `image_size` pixels wide (None: its own size).
+
+    UserError where the data is missing, broken, or can not be trained on.
+    """
+    train_files = test_files = None
+    if dataset == "digits":
+        train, train_labels, test, test_labels = _digits()
+        class_names = [str(i) for i in range(10)]
+    elif dataset == "npz":
+        train, train_labels, test, test_labels = _npz(Path(data_dir))
+        class_names = [str(i) for i in range(int(max([-1, *train_labels, *test_labels])) + 1)]
+    elif dataset == "folder":
+        train_files, train_labels, test_files, test_labels, class_names = _list_folder(Path(data_dir))
+        image_size = image_size or _usual_size(Path(data_dir), train_files)
+        images = _decode([Path(data_dir) / name for name in train_files + test_files], image_size)
+        train, test = images[: len(train_files)], images[len(train_files) :]
+    else:
+        train, train_labels, test, test_labels, class_names = _torchvision(dataset, data_dir)
+    image_size = image_size or min(train.shape[2:])
+    train, test = _square(torch.as_tensor(train), image_size), _square(torch.as_tensor(test), image_size)
+    counts = torch.stack([torch.bincount(train[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts * values).sum(1) / counts.sum(1)
+    std = ((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt().clamp(min=1e-3)
+    grey = bool((train[:, 0] == train[:, 1]).all() and (train[:, 0] == train[:, 2]).all())
+    return Images(
+        train.to(device), torch.as_tensor(train_labels).long(), test.to(device), torch.as_tensor(test_labels).long(),
+        class_names, mean.tolist(), std.tolist(), grey, train_files, test_files,
+    )  # fmt: skip
+
+
+def _square(images, size):
+    """Channels first, three of them; shorter side resized to `size` with antialiasing; centre square."""
+    if images.ndim == 3:
+        images = images[..., None].expand(*images.shape, 3)
+    if images.shape[-1] == 3 and images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2)
+    height, width = images.shape[2:]
+    if min(height, width) != size and len(images):
+        shape = [round(side * size / min(height, width)) for side in (height, width)]
+        resized = []
+        for chunk in images.split(1024):
+            chunk = F.interpolate(chunk.float(), shape, mode="bilinear", antialias=True)
+            resized.append(chunk.round().clamp(0, 255).byte())
+        images = torch.cat(resized)
+        height, width = shape
+    top, left = (height - size) // 2, (width - size) // 2
+    return images[:, :, top : top + size, left : left + size].contiguous()
+
+
+def _digits():
+    """scikit-learn's 1,797 digits of 8x8 pixels in a fixed stratified split, 1,437 to train and 360 to test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    train, test, train_labels, test_labels = train_test_split(
+        images, digits.target, test_size=360, stratify=digits.target, random_state=0
+    )
+    return train, train_labels, test, test_labels
+
+
+def _torchvision(dataset, data_dir):
+    name = dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10", cifar100="CIFAR100", stl10="STL10")
+    data_class = getattr(torchvision.datasets, name[dataset])
+    parts = dict(split="train+unlabeled"), dict(split="test")
+    if dataset != "stl10":
+        parts = dict(train=True), dict(train=False)
+    try:
+        train, test = (data_class(data_dir, download=True, **part) for part in parts)
+    except Exception as error:  # no network, a full disk, a damaged archive: many types, one remedy
+        reason = " ".join(str(error).split()) or type(error).__name__
+        place = Path(data_dir) / (f"{name[dataset]}/raw" if "mnist" in dataset else "")
+        raise UserError(
+            f"could not get {dataset} ({reason}); place its original files in {str(place)!r}, or use --dataset folder"
+        ) from None
+    labels = [getattr(part, "labels" if dataset == "stl10" else "targets") for part in (train, test)]
+    return train.data, labels[0], test.data, labels[1], list(train.classes)
+
+
+def _npz(path):
+    """MedMNIST's form: train_images uint8 [N, H, W] or [N, H, W, 3]; train_labels, test_images, test_labels optional."""
+    arrays = read_npz(path, ["train_images"], ["train_labels", "test_images", "test_labels"])
+    train = arrays["train_images"]
+    test = arrays.get("test_images", train[:0])
+    parts = []
+    for part, images in (("train", train), ("test", test)):
+        shape_fits = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
+        check(images.dtype == np.uint8 and shape_fits, f"{str(path)!r}: {part}_images is {images.dtype} "
+              f"{list(images.shape)}; it must be uint8 [N, H, W] or [N, H, W, 3]")  # fmt: skip
+        check(images.ndim < 4 or min(images.shape[1:]) > 0, f"{str(path)!r}: {part}_images has no pixels")
+        images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
+        labels = arrays.get(f"{part}_labels", np.full(len(images), -1))
+        check(np.issubdtype(labels.dtype, np.integer) and labels.size == len(images), f"{str(path)!r}: {part}_labels "
+              f"is {labels.dtype} {list(labels.shape)}; it must hold one integer for each of {len(images)} images")  # fmt: skip
+        check(labels.size == 0 or -1 <= labels.min() <= labels.max() < 1e6,
+              f"{str(path)!r}: {part}_labels must be 0 to 999999, or -1 for unlabelled")  # fmt: skip
+        parts += [images, labels.reshape(-1).astype(np.int64)]
+    check(len(train) > 0, f"{str(path)!r}: train_images is empty")
+    return parts
+
+
+def read_npz(path, needed, optional=()):
+    """Read arrays from an untrusted .npz: no pickles, no header that claims more than the file holds. UserError."""
+    path = Path(path)
+    check(path.is_file(), f"{str(path)!r} is no file; name an .npz file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            check(not isinstance(file, np.ndarray), f"{str(path)!r} is one array; an .npz file is needed")
+            missing = [name for name in needed if name not in file.files]
+            check(not missing, f"{str(path)!r} lacks {', '.join(missing)}")
+            for info in file.zip.infolist():  # stored or deflated, a member can not grow more than deflate's 1032 times
+                check(info.file_size <= 1100 * max(info.compress_size, 1), f"{str(path)!r}: {info.filename!r} is no array")
+            return {name: file[name] for name in [*needed, *optional] if name in file.files}
+    except UserError:
+        raise
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen types on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{str(path)!r} is no readable .npz file: {reason}") from None
+
+
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2"}
+MAX_PIXELS = 90_000_000  # above that a file is taken for a decompression bomb; Pillow warns from there
+
+
+def _list_folder(root):
+    """Files and labels of `train/<class>/*` with `test/` or `val/`, or of any tree of images without labels."""
+    check(root.is_dir(), f"--data-dir {str(root)!r} is no folder; name the root of the images")
+    train_root = root / "train" if (root / "train").is_dir() else root
+    test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if train_root == root:
+        test_root = None
+    found, ignored = [], 0
+    for part in (train_root, test_root):
+        files = sorted(p for p in part.rglob("*") if p.is_file() and not p.name.startswith(".")) if part else []
+        images = [p for p in files if p.suffix.lower() in IMAGE_ENDINGS]
+        ignored += len(files) - len(images)
+        found.append([p.relative_to(part) for p in images])
+    if ignored:
+        print(f"ignored {ignored} files whose names do not end like an image's")
+    train, test = found
+    check(train, f"--data-dir {str(root)!r}: no images found in {str(train_root)!r}")
+    has_classes = train_root != root and all(len(p.parts) > 1 for p in train)
+    class_names = sorted({p.parts[0] for p in train}) if has_classes else []
+    check(len(class_names) != 1, f"--data-dir {str(root)!r}: one class only, {class_names[:1]}; "
+          "put each class in a folder of its own, or all images in one folder without train/")  # fmt: skip
+    strangers = sorted({p.parts[0] for p in test} - set(class_names)) if has_classes else []
+    check(not strangers, f"{str(test_root)!r} has classes that train/ lacks: {strangers[:5]}")
+    index = {name: i for i, name in enumerate(class_names)}
+    labels = [[index[p.parts[0]] if has_classes else -1 for p in part] for part in found]
+    names = [[str((part_root / p).relative_to(root)) for p in part] for part_root, part in
+             zip((train_root, test_root), found)]  # fmt: skip
+    return names[0], labels[0], names[1], labels[1], class_names
+
+
+def _open_image(path):
+    image = Image.open(path)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it claims {image.width} x {image.height} pixels")
+    return image
+
+
+def _usual_size(root, files):
+    """The median shorter side of up to 100 files, at most 224."""
+    sides = []
+    for name in files[:: max(1, len(files) // 100)]:
+        try:
+            with _open_image(root / name) as image:
+                sides.append(min(image.size))
+        except Exception:
+            continue  # _decode names it
+    return min(224, int(np.median(sides))) if sides else 224
+
+
+def _decode(paths, size):
+    """Decode image files in parallel into uint8 [N, 3, size, size]; every broken file is named in the UserError."""
+    out = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+
+    def decode(i):
+        try:
+            with _open_image(paths[i]) as image:
+                image.draft(None, (size, size))  # JPEG: decode at the smallest scale that suffices
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith(("I", "F")):  # 16 bits a pixel: keep the upper 8
+                    image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+            out[i] = np.asarray(image).transpose(2, 0, 1)
+        except Exception as error:
+            return f"{str(paths[i])!r} is no readable image ({' '.join(str(error).split())}); mend or remove it"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(decode, range(len(paths)))
+        results = list(tqdm(results, "decoding", len(paths), leave=False, disable=not _interactive()))
+    broken = [line for line in results if line]
+    check(not broken, "\n".join(broken))
+    return out
+
+
+# ------------------------------------------------------------------------------------------ encoder and evaluation
+
+
+class _ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet with `width` channels in the first stage instead of 64."""
+
+    def __init__(self, block, layers, width):
+        self.width = width
+        super().__init__(block, layers)
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        if planes == 64:
+            self.inplanes = self.width
+        return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
+
+
+def build_encoder(name, image_size, width=64):
+    """torchvision's ResNet without its classifier, and the width D of its features.
+
+    Up to 64 px the stem is one 3x3 convolution without max-pool (SimCLR, appendix B.9). The keys of the state dict are
+    torchvision's.
+    """
+    resnet = torchvision.models.resnet
+    block, layers = {
+        "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+        "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+        "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    }[name]
+    encoder = _ResNet(block, layers, width)
+    encoder.bn1 = nn.BatchNorm2d(width)
+    small = image_size <= 64
+    encoder.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
+    nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if small:
+        encoder.maxpool = nn.Identity()
+    encoder.fc = nn.Identity()
+    return encoder, 8 * width * block.expansion
+
+
+def normalise(images, mean, std):
+    """uint8 or [0, 1] float images [N, 3, H, W] -> float32, zero mean and unit variance by the training images."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
+
+
+@torch.no_grad()
+def embed(encoder, images, mean, std, batch_size=500):
+    """Features [N, D] float32 of clean uint8 images, by the encoder in eval mode (and its mode put back)."""
+    training, device = encoder.training, next(encoder.parameters()).device
+    encoder.eval()
+    features = [torch.zeros(0, encoder(torch.zeros(1, 3, *images.shape[2:], device=device)).shape[1], device=device)]
+    for chunk in images.split(batch_size):
+        chunk = normalise(chunk.to(device), mean, std).contiguous(memory_format=torch.channels_last)
+        features.append(encoder(chunk).float())
+    encoder.train(training)
+    return torch.cat(features)
+
+
+def spread(z):
+    """How far embeddings z [N, D] spread once L2-normalised: sqrt(D) x standard deviation, 1 isotropic, 0 collapsed."""
+    z = F.normalize(z.float(), dim=1)
+    return z.std(0, correction=0).mean() * z.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20, temperature=None):
+    """Accuracy of a cosine kNN vote in float32 on the features' device: the monitor inside training.
+
+    temperature None: majority; else votes exp(similarity / temperature) (Wu et al. 2018). knn_eval.py is the exact one.
+    """
+    device = train_features.device
+    classes, train_ids = train_labels.to(device).unique(return_inverse=True)
+    train, test = F.normalize(train_features.float(), dim=1), F.normalize(test_features.float(), dim=1)
+    k, right = min(k, len(train)), 0
+    for queries, labels in zip(test.split(1024), test_labels.to(device).split(1024)):
+        similarity, index = (queries @ train.T).topk(k)
+        # Less the largest: exp can then not overflow, and the vote is the same.
+        weight = torch.ones_like(similarity) if temperature is None else ((similarity - 1) / temperature).exp()
+        votes = torch.zeros(len(queries), len(classes), device=device).scatter_add_(1, train_ids[index], weight)
+        right += (classes[votes.argmax(1)] == labels).sum()
+    return float(right) / len(test)
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+
+def draw_views(path, images, views):
+    """A PNG grid: each row one of `images` [N, 3, H, W] and its random views, a list of [N, 3, H, W] in [0, 1]."""
+    columns = [images.float() / 255 if images.dtype == torch.uint8 else images, *views]
+    rows = torch.stack([c.float().cpu().clamp(0, 1) for c in columns], 1).flatten(0, 1)
+    rows = F.interpolate(rows, scale_factor=max(1, 64 // rows.shape[2]), mode="nearest")
+    grid = torchvision.utils.make_grid(rows, nrow=len(columns), padding=2, pad_value=1.0)
+    with atomic_write(path) as file:
+        Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
+
+
+def draw_embedding(path, points, labels, class_names, title):
+    """A PNG of points [M, 2] coloured by class."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    present = np.unique(labels)
+    colours = matplotlib_colours(len(present))
+    for colour, label in zip(colours, present):
+        chosen = np.asarray(labels) == label
+        name = class_names[label] if 0 <= label < len(class_names) else str(label)
+        axes.scatter(*np.asarray(points)[chosen].T, s=8, color=colour, label=name, alpha=0.7, linewidths=0)
+    if len(present) <= 20:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+    axes.set(title=title, xticks=[], yticks=[])
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=120, format="png")
+
+
+def matplotlib_colours(n):
+    """n colours as told apart as matplotlib's maps allow."""
+    import matplotlib
+
+    return matplotlib.colormaps["tab10" if n <= 10 else "tab20" if n <= 20 else "turbo"](
+        np.arange(n) if n <= 20 else np.linspace(0, 1, n)
+    )
+
+
+# ------------------------------------------------------------------------------------------ run folder
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a binary file that becomes `path` only when it is whole; a failure leaves the earlier file. UserError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass
+        if not isinstance(error, OSError):
+            raise
+        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        what = f"could not write {str(path)!r}: {error.strerror or error}"
+        raise UserError(f"{what}; make room, then go on with --resume" if no_room else what, 1 if no_room else 2) from None
+
+
+def _interactive():
+    return sys.stderr.isatty() or "ipykernel" in type(sys.stdout).__module__
+
+
+class Run:
+    """A run folder: args.json, log.jsonl, checkpoint.pt, and progress, signals and Weights & Biases around them."""
+
+    # A resumed run may differ from the first start in these; all else must agree.
+    MAY_CHANGE = {"run_dir", "resume", "device", "precision", "compile", "data_dir", "eval_every", "checkpoint_every",
+                  "knn_k", "knn_temperature", "track", "wandb_project", "wandb_entity"}  # fmt: skip
+
+    def __init__(self, method, args):
+        """Find the folder and read the checkpoint in it; nothing is written before start(). UserError."""
+        self.method, self.args, self.checkpoint, self.stopped, self.bar = method, args, None, 0, None
+        check(args.run_dir or not args.resume, "--resume needs --run-dir: the folder of the run to go on with")
+        name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.run_dir or Path("runs") / name)
+        while not args.run_dir and self.dir.exists():  # two runs started in the same second
+            self.dir = self.dir.with_name(self.dir.name + "x")
+        if args.resume:
+            self.checkpoint = self._read_checkpoint()
+        else:
+            self._check_empty()
+
+    def _check_empty(self):
+        held = [f for f in ("args.json", "checkpoint.pt", "log.jsonl", "embeddings.npz") if (self.dir / f).exists()]
+        check(not held, f"--run-dir {str(self.dir)!r} already holds a run ({held[0] if held else ''}); "
+              "go on with it by --resume, or name another folder")  # fmt: skip
+
+    def _read_checkpoint(self):
+        path = self.dir / "checkpoint.pt"
+        if not path.exists():
+            return None
+        checkpoint = load_torch(path)
+        keys = {"method", "args", "step", "stats", "state", "wandb_id"}
+        check(isinstance(checkpoint, dict) and keys <= set(checkpoint), f"{str(path)!r} is no checkpoint of these scripts")
+        check(checkpoint["method"] == self.method, f"{str(path)!r} is a checkpoint of {checkpoint['method']!r}, not of "
+              f"{self.method!r}; name another --run-dir")  # fmt: skip
+        before, now = checkpoint["args"], asdict(self.args)
+        changed = [f"--{key.replace('_', '-')} was {before.get(key)} and is {now[key]}"
+                   for key in now if key not in self.MAY_CHANGE and before.get(key) != now[key]]  # fmt: skip
+        check(not changed, f"can not resume {str(self.dir)!r} with other arguments: {'; '.join(changed)}")
+        return checkpoint
+
+    def start(self, device, precision, extra):
+        """Create or take over the folder, write args.json, drop log lines that the checkpoint does not cover."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            if not self.args.resume:
+                self._check_empty()
+            for stale in self.dir.glob(".*.tmp"):  # left by a run that was killed while it wrote
+                stale.unlink()
+            self.epochs_logged = self.checkpoint["epochs_logged"] if self.checkpoint else 0
+            lines = []
+            if (self.dir / "log.jsonl").exists():
+                lines = (self.dir / "log.jsonl").read_text(errors="replace").splitlines(keepends=True)
+            with atomic_write(self.dir / "log.jsonl") as file:
+                file.write("".join(lines[: self.epochs_logged]).encode())
+        except OSError as error:
+            raise UserError(f"--run-dir {str(self.dir)!r} can not be written: {error.strerror or error}") from None
+        self.device, self.precision = device, precision
+        config = {
+            "method": self.method,
+            "args": asdict(self.args),
+            **extra,
+            "precision": precision,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": np.__version__},
+            "command": shlex.join(sys.argv),
+        }  # fmt: skip
+        with atomic_write(self.dir / "args.json") as file:
+            file.write(json.dumps(config, indent=2).encode())
+        print(f"{self.method} on {config['device']} in {precision}: {self.dir}")
+        shown = {k: v for k, v in config["args"].items() if v is not None}
+        print("  " + "  ".join(f"{k}={v}" for k, v in shown.items()))
+        self.wandb_id = self.checkpoint["wandb_id"] if self.checkpoint else os.urandom(4).hex()
+        args = self.args
+        self.tracker = Tracker(args.track, args.wandb_project, args.wandb_entity, self.dir, self.dir.name, config,
+                               self.wandb_id)  # fmt: skip
+
+    def _lock(self):
+        """Refuse a second run in the same folder. The lock ends with the process, however that ends."""
+        try:
+            import fcntl
+
+            self.lock = os.open(self.dir, os.O_RDONLY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--run-dir {str(self.dir)!r} is in use by another run; wait for it, or name another folder")
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks, such as Google Drive's
+
+    @contextmanager
+    def training(self, step, steps):
+        """Around the loop: a progress bar in a terminal, and the first Ctrl-C or SIGTERM sets `stopped`."""
+
+        def stop(number, frame):
+            if self.stopped:
+                raise KeyboardInterrupt  # the second one ends at once
+            self.stopped = number
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+        main_thread = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+        before = [signal.signal(number, stop) for number in numbers]
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not _interactive(), dynamic_ncols=True)
+        try:
+            yield
+        finally:
+            self.bar.close()
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
+
+    def advance(self, i, stats, lr, epoch, step):
+        """After every step. `stats` [steps of the epoch, 2] holds loss and spread; row i is new.
+
+        It stays on the device and is read every 50 steps on a GPU, so that the loop does not wait for it.
+        """
+        self.bar.update()
+        if self.device.type == "cpu" or i % 50 == 49 or i + 1 == len(stats):
+            seen = stats[: i + 1, 0].cpu()
+            if not torch.isfinite(seen).all():
+                first = int((~torch.isfinite(seen)).nonzero()[0])
+                raise UserError(f"the loss is {float(seen[first])} at epoch {epoch}, step {step - i + first} (lr {lr:.4g}, "
+                                f"{self.precision}); a lower --lr may help; the last checkpoint is whole", 1)  # fmt: skip
+            self.bar.set_postfix_str(f"loss {float(seen[-1]):.3f}", refresh=False)
+
+    def log(self, record):
+        """Append one epoch's record to log.jsonl, print it, send it to Weights & Biases."""
+        record = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
+        with open(self.dir / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.epochs_logged += 1
+        knn = f"  knn {100 * record['knn_acc']:.1f} %" if "knn_acc" in record else ""
+        line = (f"epoch {record['epoch']}/{self.args.epochs}  loss {record['loss']:.4f}  spread {record['spread']:.2f}"
+                f"  {record['samples_per_sec']:.0f} samples/s{knn}")  # fmt: skip
+        if self.bar is None or self.bar.disable:
+            print(line, flush=True)
+        elif knn:
+            self.bar.write(line, file=sys.stdout)
+        if record["spread"] < 0.05:
+            print(f"warning: the embeddings collapse (spread {record['spread']:.3f}, 1 is isotropic)", file=sys.stderr)
+        self.tracker.log(record)
+
+    def save_checkpoint(self, step, stats, **modules):
+        """Write checkpoint.pt: everything that resuming needs. Modules are whatever has a state_dict()."""
+        state = {name: module.state_dict() for name, module in modules.items()}
+        # `args` for the comparison on resume; plain types and tensors only, so that weights_only=True reads them.
+        save_torch(self.dir / "checkpoint.pt", dict(
+            method=self.method, args=asdict(self.args), step=step, epochs_logged=self.epochs_logged, stats=stats,
+            state=state, wandb_id=self.wandb_id))  # fmt: skip
+
+    def restore(self, **modules):
+        """Load the checkpoint's state into the modules. UserError where it does not fit."""
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(self.checkpoint["state"][name])
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{str(self.dir / 'checkpoint.pt')!r} does not fit this run: {reason}") from None
+
+    def stop(self):
+        """End a run that was asked to: 130 after Ctrl-C, 143 after SIGTERM. The checkpoint is written."""
+        self.tracker.finish()
+        print(f"stopped; go on with: {shlex.join(sys.argv)}" + ("" if self.args.resume else " --resume")
+              + ("" if self.args.run_dir else f" --run-dir {shlex.quote(str(self.dir))}"), file=sys.stderr)  # fmt: skip
+        sys.exit(128 + self.stopped)
+
+    def knn(self, encoder, images):
+        """The kNN monitor on the test split: {"knn_acc": accuracy in [0, 1]}, empty without labels to judge by."""
+        labelled, judged = images.train_labels >= 0, images.test_labels >= 0
+        if not labelled.any() or not judged.any():
+            return {}
+        parts = [(images.train, images.train_labels, labelled), (images.test, images.test_labels, judged)]
+        args = []
+        for part, labels, keep in parts:
+            part = part if keep.all() else part[keep.to(part.device)]
+            args += [embed(encoder, part, images.mean, images.std), labels[keep]]
+        return {"knn_acc": knn_accuracy(*args, self.args.knn_k, self.args.knn_temperature)}
+
+    def finish(self, encoder, images, feature_dim):
+        """Write encoder.pt and embeddings.npz, say the kNN accuracy and what to run next."""
+        args, path = self.args, self.dir / "embeddings.npz"
+        meta = dict(method=self.method, dataset=args.dataset, data_dir=args.data_dir, image_size=args.image_size,
+                    encoder=args.encoder, width=args.width, epochs=args.epochs, seed=args.seed)  # fmt: skip
+        save_torch(self.dir / "encoder.pt", dict(
+            encoder=args.encoder, width=args.width, feature_dim=feature_dim, image_size=args.image_size,
+            mean=images.mean, std=images.std, class_names=images.class_names,
+            state_dict={k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}))  # fmt: skip
+        train, test = (embed(encoder, part, images.mean, images.std).cpu() for part in (images.train, images.test))
+        arrays = dict(train_features=train.numpy(), train_labels=images.train_labels.numpy(), test_features=test.numpy(),
+                      test_labels=images.test_labels.numpy(), class_names=np.array(images.class_names, dtype=np.str_),
+                      meta=np.array(json.dumps(meta)))  # fmt: skip
+        if images.train_files is not None:
+            arrays.update(train_files=np.array(images.train_files, np.str_), test_files=np.array(images.test_files, np.str_))
+        with atomic_write(path) as file:
+            np.savez(file, **arrays)
+        labelled, judged = images.train_labels >= 0, images.test_labels >= 0
+        if labelled.any() and judged.any():
+            accuracy = knn_accuracy(train[labelled], images.train_labels[labelled], test[judged],
+                                    images.test_labels[judged], args.knn_k, args.knn_temperature)  # fmt: skip
+            print(f"kNN accuracy on the test split (k = {args.knn_k}, cosine): {100 * accuracy:.2f} %")
+            self.tracker.log({"final_knn_acc": accuracy})
+        else:
+            print("no labels in the training or the test images: no kNN accuracy")
+        shown, labels = (test, images.test_labels) if len(test) else (train, images.train_labels)
+        if len(shown) > 2 and self.tracker.run:
+            from sklearn.decomposition import PCA
+
+            points = PCA(2).fit_transform(shown[:10000].numpy())
+            draw_embedding(self.dir / "embedding_2d.png", points, labels[:10000].numpy(), images.class_names, "PCA")
+            self.tracker.log_image("embedding_2d", self.dir / "embedding_2d.png")
+            self.tracker.log_image("views", self.dir / "views.png")
+        self.tracker.finish()
+        print(f"wrote {path}; next: python knn_eval.py {shlex.quote(str(self.dir))} --pixels")
+
+
+def save_torch(path, content):
+    """torch.save, whole or not at all."""
+    buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that does not say so
+    torch.save(content, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_torch(path):
+    """torch.load of an untrusted file: tensors and plain types only. UserError where it is damaged or something else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{str(path)!r} is no checkpoint that can be read ({reason}); remove it to start anew") from None
+
+
+class Tracker:
+    """Weights & Biases behind --track: a failure is said once, and the work goes on without it."""
+
+    def __init__(self, track, project, entity, run_dir, name, config, run_id=None):
+        self.run = None
+        if track:
+            self._try(lambda: self._start(project, entity, run_dir, name, config, run_id))
+
+    def _start(self, project, entity, run_dir, name, config, run_id):
+        import wandb
+
+        self.wandb = wandb
+        self.run = wandb.init(project=project, entity=entity, dir=str(run_dir), name=name, config=config, id=run_id,
+                              resume="allow" if run_id else None, settings=wandb.Settings(init_timeout=60))  # fmt: skip
+
+    def _try(self, call):
+        try:
+            return call()
+        except Exception as error:  # whatever W&B raises, the training matters more
+            print(f"note: Weights & Biases failed ({' '.join(str(error).split())}); going on without it", file=sys.stderr)
+            self.run = None
+
+    def log(self, record):
+        if self.run:
+            self._try(lambda: self.run.log(record))
+
+    def log_image(self, key, path):
+        if self.run:
+            self._try(lambda: self.run.log({key: self.wandb.Image(str(path))}))
+
+    def log_table(self, key, columns, rows):
+        if self.run:
+            self._try(lambda: self.run.log({key: self.wandb.Table(columns=list(columns), data=[list(r) for r in rows])}))
+
+    def finish(self):
+        if self.run:
+            self._try(lambda: self.run.finish())
