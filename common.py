@@ -67,7 +67,7 @@ def cli(args_class, main):
 
 def check_args(args):
     """Refuse numbers that the methods can not work with; tyro has refused wrong types. UserError."""
-    at_least = dict(seed=0, image_size=4, width=1, hidden_dim=1, projection_dim=1, projection_layers=1, epochs=0,
+    at_least = dict(seed=0, image_size=4, width=1, hidden_dim=1, projection_dim=1, projection_layers=0, epochs=0,
                     batch_size=2, lr=0, weight_decay=0, warmup_epochs=0, eval_every=0, knn_k=1, checkpoint_every=1)  # fmt: skip
     at_most = dict(seed=2**63, image_size=1024, width=1024, hidden_dim=2**16, projection_dim=2**16, projection_layers=16)
     for key, low in at_least.items():
@@ -79,6 +79,13 @@ def check_args(args):
     check(args.lr > 0, "--lr 0 trains nothing; use --epochs 0 for the untrained encoder")
     check(args.knn_temperature is None or 0 < args.knn_temperature < math.inf,
           f"--knn-temperature {args.knn_temperature} must be above 0 and finite")  # fmt: skip
+
+
+def count_steps(n, args):
+    """Steps of an epoch: whole batches only, what is left over comes in another epoch. UserError where there is none."""
+    check(n >= args.batch_size or args.epochs == 0, f"--batch-size {args.batch_size} is more than the {n} training "
+          f"images; use at most {n}")  # fmt: skip
+    return n // args.batch_size
 
 
 def pick_device(name):
@@ -503,6 +510,8 @@ class Run:
             self.dir = self.dir.with_name(self.dir.name + "x")
         if args.resume:
             self.checkpoint = self._read_checkpoint()
+            if self.checkpoint:
+                self._compare()
         else:
             self._check_empty()
 
@@ -520,14 +529,19 @@ class Run:
         check(isinstance(checkpoint, dict) and keys <= set(checkpoint), f"{str(path)!r} is no checkpoint of these scripts")
         check(checkpoint["method"] == self.method, f"{str(path)!r} is a checkpoint of {checkpoint['method']!r}, not of "
               f"{self.method!r}; name another --run-dir")  # fmt: skip
-        before, now = checkpoint["args"], asdict(self.args)
-        changed = [f"--{key.replace('_', '-')} was {before.get(key)} and is {now[key]}"
-                   for key in now if key not in self.MAY_CHANGE and before.get(key) != now[key]]  # fmt: skip
-        check(not changed, f"can not resume {str(self.dir)!r} with other arguments: {'; '.join(changed)}")
         return checkpoint
 
-    def start(self, device, precision, extra):
+    def _compare(self):
+        """Refuse to resume with other arguments than the checkpoint's; what is not known yet (None) is let pass."""
+        before, now = self.checkpoint["args"], asdict(self.args)
+        changed = [f"--{key.replace('_', '-')} was {before.get(key)} and is {now[key]}" for key in now
+                   if key not in self.MAY_CHANGE and now[key] is not None and before.get(key) != now[key]]  # fmt: skip
+        check(not changed, f"can not resume {str(self.dir)!r} with other arguments: {'; '.join(changed)}")
+
+    def start(self, device, precision, **extra):
         """Create or take over the folder, write args.json, drop log lines that the checkpoint does not cover."""
+        if self.checkpoint:
+            self._compare()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock()

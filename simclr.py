@@ -64,7 +64,7 @@ class Args:
     projection_dim: Optional[int] = None
     """width of the embedding z"""
     projection_layers: Optional[int] = None
-    """linear layers of the projector"""
+    """linear layers of the projector; 0: none, z is h"""
     # optimisation
     epochs: Optional[int] = None
     """passes over the training images; 0 writes the untrained encoder's embeddings"""
@@ -116,10 +116,9 @@ class View:
     noise: float = 0.0  # largest standard deviation of added Gaussian noise
 
 
-NONE = (View(), View())
-CROP = View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2)
-AUGMENT = {"photo": (CROP, CROP), "symbol": (View(turn=15, shift=0.12, zoom=0.15, jitter=(0.4, 0, 0, 0), noise=0.1),) * 2,
-           "none": NONE}  # fmt: skip
+PHOTO_VIEW = View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2, blur_p=0.5)
+SYMBOL_VIEW = View(turn=15, shift=0.12, zoom=0.15, jitter=(0.4, 0.0, 0.0, 0.0), noise=0.1)
+AUGMENT = {"photo": (PHOTO_VIEW, PHOTO_VIEW), "symbol": (SYMBOL_VIEW, SYMBOL_VIEW), "none": (View(), View())}
 
 
 def crop_boxes(n, height, width, scale, device):
@@ -175,8 +174,9 @@ def adjust_hue(x, shift):
     safe = chroma.where(chroma > 0, 1)
     sector = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     sector = (sector + 6 * shift.view(-1, 1, 1))[:, None]
-    k = (sector + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6  # 5, 3, 1 for red, green, blue
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = sector + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # 5, 3, 1 for red, green, blue
+    k = k - 6 * (k / 6).floor()  # k % 6, which is several times slower on a CPU
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def color_jitter(x, factors, hue, order):
@@ -193,7 +193,7 @@ def color_jitter(x, factors, hue, order):
         if t < 3:
             op, grey = order[:, t].view(-1, 1, 1, 1), to_grey(x)
             base = torch.where(op == 2, grey, torch.where(op == 1, grey.mean((2, 3), keepdim=True), 0))
-            x = torch.lerp(base, x, factors.gather(1, order[:, t : t + 1]).view(-1, 1, 1, 1)).clamp(0, 1)
+            x = torch.lerp(base, x, factors.gather(1, order[:, t : t + 1]).view(-1, 1, 1, 1)).clamp_(0, 1)
     return x
 
 
@@ -252,17 +252,22 @@ def two_views(images, views=AUGMENT["photo"], size=None, mean=0.0, std=1.0):
 # ------------------------------------------------------------------------------------------ network and loss
 
 
+def mlp(in_dim, hidden_dim, out_dim, layers):
+    """`layers` linear layers with BatchNorm and ReLU between them, and none after the last; 0 layers: the identity."""
+    widths = [in_dim] + [hidden_dim] * (layers - 1) + [out_dim]
+    modules = []
+    for before, after in zip(widths, widths[1:] if layers else []):
+        modules += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+    return nn.Sequential(*modules[:-2])
+
+
 class SimCLR(nn.Module):
     """Any encoder from images to features h [N, feature_dim], and the projector from h to z [N, projection_dim]."""
 
     def __init__(self, encoder, feature_dim, hidden_dim=512, projection_dim=128, projection_layers=2):
         super().__init__()
         self.encoder = encoder
-        widths = [feature_dim] + [hidden_dim] * (projection_layers - 1) + [projection_dim]
-        layers = []
-        for before, after in zip(widths, widths[1:]):
-            layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
-        self.projector = nn.Sequential(*layers[:-1])
+        self.projector = mlp(feature_dim, hidden_dim, projection_dim, projection_layers)
 
     def forward(self, v1, v2):
         # One forward over both views, as in the paper's code: BatchNorm sees the 2N views as one batch.
@@ -291,9 +296,10 @@ def learning_rate(step, steps, warmup_steps, lr):
 
 def make_optimizer(network, weight_decay):
     """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms."""
-    groups = [dict(params=[p for p in network.parameters() if p.ndim > 1], weight_decay=weight_decay),
-              dict(params=[p for p in network.parameters() if p.ndim <= 1], weight_decay=0.0)]  # fmt: skip
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=groups[0]["params"][0].device.type in ("cpu", "cuda"))
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
+              dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]  # fmt: skip
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=trained[0].device.type in ("cpu", "cuda"))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -305,20 +311,20 @@ def main(args):
 
     args = replace(args, **{k: v for k, v in RECIPES[args.dataset].items() if getattr(args, k) in (None, "auto")})
     common.check_args(args)
-    common.check(0 < args.temperature < math.inf, f"--temperature {args.temperature} must be above 0")
+    common.check(0 < args.temperature < math.inf, f"--temperature {args.temperature} must be above 0 and finite")
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
-    images = common.load_images(args.dataset, args.data_dir, args.image_size, device)
-    args = replace(args, image_size=images.train.shape[2])
-    steps_per_epoch = len(images.train) // args.batch_size
-    common.check(steps_per_epoch or not args.epochs, f"--batch-size {args.batch_size} is more than the "
-                 f"{len(images.train)} training images")  # fmt: skip
-    steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
     run = common.Run("simclr", args)
+    images = common.load_images(args.dataset, args.data_dir, args.image_size, device)
+    run.args = args = replace(args, image_size=images.train.shape[2])
+    steps_per_epoch = common.count_steps(len(images.train), args)
+    steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
     views = AUGMENT[args.augment]
     if images.grey:  # colour means nothing there
         views = tuple(replace(view, jitter=(*view.jitter[:2], 0.0, 0.0), grey_p=0.0) for view in views)
+    if args.image_size <= 64:  # no blur on small images, as in the paper's CIFAR-10 recipe
+        views = tuple(replace(view, blur_p=0.0) for view in views)
     mean, std = (torch.tensor(m, device=device).view(3, 1, 1) for m in (images.mean, images.std))
     common.seed_step(args.seed, 0, stream=1)
     encoder, feature_dim = common.build_encoder(args.encoder, args.image_size, args.width)
@@ -332,7 +338,7 @@ def main(args):
     if run.checkpoint:
         run.restore(**modules)
         first_step, stats = run.checkpoint["step"], run.checkpoint["stats"].to(device)
-    run.start(device, precision, dict(views=[view.__dict__ for view in views]))
+    run.start(device, precision, views=[vars(view) for view in views])
     common.seed_step(args.seed, 0, stream=2)
     pictured = images.train[:8].cpu()
     common.draw_views(run.dir / "views.png", pictured, [v for _ in range(3) for v in two_views(pictured, views)])
