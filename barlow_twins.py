@@ -113,7 +113,7 @@ class View:
     grey_p: float = 0.0
     blur_p: float = 0.0
     solarize_p: float = 0.0
-    noise: float = 0.0  # largest standard deviation of added Gaussian noise
+    noise: float = 0.0  # largest standard deviation of added grey Gaussian noise
 
 
 PHOTO_VIEW = View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey_p=0.2, blur_p=1.0)
@@ -236,7 +236,7 @@ def augment(images, view, size):
     if view.solarize_p:
         x = torch.where(chosen(view.solarize_p) & (x >= 0.5), 1 - x, x)
     if view.noise:
-        x = (x + uniform(0, view.noise, 1, 1, 1) * torch.randn_like(x)).clamp(0, 1)
+        x = (x + uniform(0, view.noise, 1, 1, 1) * torch.randn_like(x[:, :1])).clamp(0, 1)  # the same in all channels
     return x[shuffle.argsort()]
 
 
@@ -338,7 +338,7 @@ def main(args):
 
     first_step, stats = 0, None
     if run.checkpoint:
-        run.restore(**modules)
+        run.restore(steps_per_epoch, **modules)
         first_step, stats = run.checkpoint["step"], run.checkpoint["stats"].to(device)
     run.start(device, precision, views=[vars(view) for view in views])
     common.seed_step(args.seed, 0, stream=2)

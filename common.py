@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -60,6 +61,9 @@ def cli(args_class, main):
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.status)
+    except OSError as error:  # a path too long, a file that may not be read: what is named in it is all there is to say
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -67,7 +71,8 @@ def cli(args_class, main):
 
 def check_args(args):
     """Refuse numbers that the methods can not work with; tyro has refused wrong types. UserError."""
-    at_least = dict(seed=0, image_size=4, width=1, hidden_dim=1, projection_dim=1, projection_layers=0, epochs=0,
+    # Narrower than 16, oneDNN's backward of the strided 1x1 convolutions writes past its memory (oneDNN issue 6035).
+    at_least = dict(seed=0, image_size=4, width=16, hidden_dim=1, projection_dim=1, projection_layers=0, epochs=0,
                     batch_size=2, lr=0, weight_decay=0, warmup_epochs=0, eval_every=0, knn_k=1, checkpoint_every=1)  # fmt: skip
     at_most = dict(seed=2**63, image_size=1024, width=1024, hidden_dim=2**16, projection_dim=2**16, projection_layers=16)
     for key, low in at_least.items():
@@ -153,13 +158,18 @@ def load_images(dataset, data_dir="data", image_size=None, device="cpu"):
         class_names = [str(i) for i in range(int(max([-1, *train_labels, *test_labels])) + 1)]
     elif dataset == "folder":
         train_files, train_labels, test_files, test_labels, class_names = _list_folder(Path(data_dir))
-        image_size = image_size or _usual_size(Path(data_dir), train_files)
-        images = _decode([Path(data_dir) / name for name in train_files + test_files], image_size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # what claims so many pixels counts as broken
+            image_size = image_size or _usual_size(Path(data_dir), train_files)
+            images = _decode([Path(data_dir) / name for name in train_files + test_files], image_size)
         train, test = images[: len(train_files)], images[len(train_files) :]
     else:
         train, train_labels, test, test_labels, class_names = _torchvision(dataset, data_dir)
-    image_size = image_size or min(train.shape[2:])
-    train, test = _square(torch.as_tensor(train), image_size), _square(torch.as_tensor(test), image_size)
+    train, test = torch.as_tensor(train), torch.as_tensor(test)
+    if dataset not in ("folder", "stl10"):  # those two come channels first
+        train, test = _channels_first(train), _channels_first(test)
+    image_size = image_size or min(224, *train.shape[2:])
+    train, test = _square(train, image_size), _square(test, image_size)
     counts = torch.stack([torch.bincount(train[:, c].flatten(), minlength=256) for c in range(3)]).double()
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts * values).sum(1) / counts.sum(1)
@@ -171,15 +181,16 @@ def load_images(dataset, data_dir="data", image_size=None, device="cpu"):
     )  # fmt: skip
 
 
+def _channels_first(images):
+    """[N, H, W] or [N, H, W, 3] -> [N, 3, H, W]."""
+    return images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None].expand(-1, 3, -1, -1)
+
+
 def _square(images, size):
-    """Channels first, three of them; shorter side resized to `size` with antialiasing; centre square."""
-    if images.ndim == 3:
-        images = images[..., None].expand(*images.shape, 3)
-    if images.shape[-1] == 3 and images.shape[1] != 3:
-        images = images.permute(0, 3, 1, 2)
+    """Shorter side of images [N, 3, H, W] resized to `size` with antialiasing; centre square."""
     height, width = images.shape[2:]
     if min(height, width) != size and len(images):
-        shape = [round(side * size / min(height, width)) for side in (height, width)]
+        shape = [side * size // min(height, width) for side in (height, width)]
         resized = []
         for chunk in images.split(1024):
             chunk = F.interpolate(chunk.float(), shape, mode="bilinear", antialias=True)
@@ -231,7 +242,7 @@ def _npz(path):
         shape_fits = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
         check(images.dtype == np.uint8 and shape_fits, f"{str(path)!r}: {part}_images is {images.dtype} "
               f"{list(images.shape)}; it must be uint8 [N, H, W] or [N, H, W, 3]")  # fmt: skip
-        check(images.ndim < 4 or min(images.shape[1:]) > 0, f"{str(path)!r}: {part}_images has no pixels")
+        check(min(images.shape[1:]) > 0, f"{str(path)!r}: {part}_images has no pixels")
         images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
         labels = arrays.get(f"{part}_labels", np.full(len(images), -1))
         check(np.issubdtype(labels.dtype, np.integer) and labels.size == len(images), f"{str(path)!r}: {part}_labels "
@@ -240,6 +251,7 @@ def _npz(path):
               f"{str(path)!r}: {part}_labels must be 0 to 999999, or -1 for unlabelled")  # fmt: skip
         parts += [images, labels.reshape(-1).astype(np.int64)]
     check(len(train) > 0, f"{str(path)!r}: train_images is empty")
+    check(len(np.unique(parts[1])) > 1 or parts[1][0] < 0, f"{str(path)!r}: one class only, {parts[1][:1]}")
     return parts
 
 
@@ -263,7 +275,6 @@ def read_npz(path, needed, optional=()):
 
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2"}
-MAX_PIXELS = 90_000_000  # above that a file is taken for a decompression bomb; Pillow warns from there
 
 
 def _list_folder(root):
@@ -275,7 +286,7 @@ def _list_folder(root):
         test_root = None
     found, ignored = [], 0
     for part in (train_root, test_root):
-        files = sorted(p for p in part.rglob("*") if p.is_file() and not p.name.startswith(".")) if part else []
+        files = _find_files(part) if part else []
         images = [p for p in files if p.suffix.lower() in IMAGE_ENDINGS]
         ignored += len(files) - len(images)
         found.append([p.relative_to(part) for p in images])
@@ -283,24 +294,31 @@ def _list_folder(root):
         print(f"ignored {ignored} files whose names do not end like an image's")
     train, test = found
     check(train, f"--data-dir {str(root)!r}: no images found in {str(train_root)!r}")
-    has_classes = train_root != root and all(len(p.parts) > 1 for p in train)
+    loose = [p for p in train if len(p.parts) == 1]
+    has_classes = train_root != root and not loose
+    if train_root != root and 0 < len(loose) < len(train):
+        print(f"no labels: {str(train_root / loose[0])!r} is in no class's folder")
     class_names = sorted({p.parts[0] for p in train}) if has_classes else []
     check(len(class_names) != 1, f"--data-dir {str(root)!r}: one class only, {class_names[:1]}; "
           "put each class in a folder of its own, or all images in one folder without train/")  # fmt: skip
-    strangers = sorted({p.parts[0] for p in test} - set(class_names)) if has_classes else []
+    strangers = sorted({p.parts[0] for p in test if len(p.parts) > 1} - set(class_names)) if has_classes else []
     check(not strangers, f"{str(test_root)!r} has classes that train/ lacks: {strangers[:5]}")
     index = {name: i for i, name in enumerate(class_names)}
-    labels = [[index[p.parts[0]] if has_classes else -1 for p in part] for part in found]
+    labels = [[index[p.parts[0]] if has_classes and len(p.parts) > 1 else -1 for p in part] for part in found]
     names = [[str((part_root / p).relative_to(root)) for p in part] for part_root, part in
              zip((train_root, test_root), found)]  # fmt: skip
     return names[0], labels[0], names[1], labels[1], class_names
 
 
-def _open_image(path):
-    image = Image.open(path)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"it claims {image.width} x {image.height} pixels")
-    return image
+def _find_files(root):
+    """The files below root, sorted. Links are followed, each folder once; what is hidden (.ipynb_checkpoints) is not."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(folder, f)) not in seen]
+        paths = [Path(folder, name) for name in names if name[0] != "."]
+        found += [p for p in paths if p.is_file() or not p.exists()]  # a link to nothing is a broken image; no pipes
+    return sorted(found)
 
 
 def _usual_size(root, files):
@@ -308,7 +326,7 @@ def _usual_size(root, files):
     sides = []
     for name in files[:: max(1, len(files) // 100)]:
         try:
-            with _open_image(root / name) as image:
+            with Image.open(root / name) as image:
                 sides.append(min(image.size))
         except Exception:
             continue  # _decode names it
@@ -321,7 +339,7 @@ def _decode(paths, size):
 
     def decode(i):
         try:
-            with _open_image(paths[i]) as image:
+            with Image.open(paths[i]) as image:
                 image.draft(None, (size, size))  # JPEG: decode at the smallest scale that suffices
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith(("I", "F")):  # 16 bits a pixel: keep the upper 8
@@ -415,8 +433,8 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
     k, right = min(k, len(train)), 0
     for queries, labels in zip(test.split(1024), test_labels.to(device).split(1024)):
         similarity, index = (queries @ train.T).topk(k)
-        # Less the largest: exp can then not overflow, and the vote is the same.
-        weight = torch.ones_like(similarity) if temperature is None else ((similarity - 1) / temperature).exp()
+        # Less the largest: exp can then neither overflow nor be zero for all, and the vote is the same.
+        weight = torch.ones_like(similarity) if temperature is None else ((similarity - similarity[:, :1]) / temperature).exp()
         votes = torch.zeros(len(queries), len(classes), device=device).scatter_add_(1, train_ids[index], weight)
         right += (classes[votes.argmax(1)] == labels).sum()
     return float(right) / len(test)
@@ -484,9 +502,13 @@ def atomic_write(path):
             pass
         if not isinstance(error, OSError):
             raise
-        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        what = f"could not write {str(path)!r}: {error.strerror or error}"
-        raise UserError(f"{what}; make room, then go on with --resume" if no_room else what, 1 if no_room else 2) from None
+        raise _write_error(path, error) from None
+
+
+def _write_error(path, error):
+    no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    what = f"could not write {str(path)!r}: {error.strerror or error}"
+    return UserError(f"{what}; make room, then go on with --resume" if no_room else what, 1 if no_room else 2)
 
 
 def _interactive():
@@ -502,7 +524,7 @@ class Run:
 
     def __init__(self, method, args):
         """Find the folder and read the checkpoint in it; nothing is written before start(). UserError."""
-        self.method, self.args, self.checkpoint, self.stopped, self.bar = method, args, None, 0, None
+        self.method, self.args, self.checkpoint, self.stopped, self.bar, self.lock = method, args, None, 0, None, None
         check(args.run_dir or not args.resume, "--resume needs --run-dir: the folder of the run to go on with")
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or Path("runs") / name)
@@ -525,8 +547,10 @@ class Run:
         if not path.exists():
             return None
         checkpoint = load_torch(path)
-        keys = {"method", "args", "step", "stats", "state", "wandb_id"}
-        check(isinstance(checkpoint, dict) and keys <= set(checkpoint), f"{str(path)!r} is no checkpoint of these scripts")
+        keys = {"method", "args", "step", "epochs_logged", "stats", "state", "wandb_id"}
+        check(isinstance(checkpoint, dict) and keys <= set(checkpoint) and isinstance(checkpoint["args"], dict)
+              and isinstance(checkpoint["step"], int) and isinstance(checkpoint["stats"], torch.Tensor),
+              f"{str(path)!r} is no checkpoint of these scripts")  # fmt: skip
         check(checkpoint["method"] == self.method, f"{str(path)!r} is a checkpoint of {checkpoint['method']!r}, not of "
               f"{self.method!r}; name another --run-dir")  # fmt: skip
         return checkpoint
@@ -586,10 +610,15 @@ class Run:
             self.lock = os.open(self.dir, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._unlock()
             raise UserError(f"--run-dir {str(self.dir)!r} is in use by another run; wait for it, or name another folder")
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks, such as Google Drive's
 
+    def _unlock(self):
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
     @contextmanager
     def training(self, step, steps):
         """Around the loop: a progress bar in a terminal, and the first Ctrl-C or SIGTERM sets `stopped`."""
@@ -608,6 +637,7 @@ class Run:
             yield
         finally:
             self.bar.close()
+            self._unlock()  # a notebook's process lives on, and the run may go on in another
             for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
 
@@ -617,19 +647,26 @@ class Run:
         It stays on the device and is read every 50 steps on a GPU, so that the loop does not wait for it.
         """
         self.bar.update()
-        if self.device.type == "cpu" or i % 50 == 49 or i + 1 == len(stats):
+        if self.device.type == "cpu" or i % 50 == 49 or i + 1 == len(stats) or self.stopped:
             seen = stats[: i + 1, 0].cpu()
             if not torch.isfinite(seen).all():
                 first = int((~torch.isfinite(seen)).nonzero()[0])
-                raise UserError(f"the loss is {float(seen[first])} at epoch {epoch}, step {step - i + first} (lr {lr:.4g}, "
-                                f"{self.precision}); a lower --lr may help; the last checkpoint is whole", 1)  # fmt: skip
+                raise self._diverged(f"loss is {float(seen[first])} at epoch {epoch}, step {step - i + first} (lr {lr:.4g}, "
+                                     f"{self.precision})")  # fmt: skip
             self.bar.set_postfix_str(f"loss {float(seen[-1]):.3f}", refresh=False)
+
+    def _diverged(self, what):
+        kept = "; the last checkpoint is whole" if (self.dir / "checkpoint.pt").exists() else ""
+        return UserError(f"the {what}; a lower --lr may help{kept}", 1)
 
     def log(self, record):
         """Append one epoch's record to log.jsonl, print it, send it to Weights & Biases."""
         record = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
-        with open(self.dir / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise _write_error(self.dir / "log.jsonl", error) from None
         self.epochs_logged += 1
         knn = f"  knn {100 * record['knn_acc']:.1f} %" if "knn_acc" in record else ""
         line = (f"epoch {record['epoch']}/{self.args.epochs}  loss {record['loss']:.4f}  spread {record['spread']:.2f}"
@@ -645,13 +682,18 @@ class Run:
     def save_checkpoint(self, step, stats, **modules):
         """Write checkpoint.pt: everything that resuming needs. Modules are whatever has a state_dict()."""
         state = {name: module.state_dict() for name, module in modules.items()}
+        if not all(torch.isfinite(value).all() for value in state["network"].values()):  # the loss shows it a step later
+            raise self._diverged(f"weights are not finite after step {step - 1} ({self.precision})")
         # `args` for the comparison on resume; plain types and tensors only, so that weights_only=True reads them.
         save_torch(self.dir / "checkpoint.pt", dict(
             method=self.method, args=asdict(self.args), step=step, epochs_logged=self.epochs_logged, stats=stats,
             state=state, wandb_id=self.wandb_id))  # fmt: skip
 
-    def restore(self, **modules):
+    def restore(self, steps_per_epoch, **modules):
         """Load the checkpoint's state into the modules. UserError where it does not fit."""
+        before = len(self.checkpoint["stats"])
+        check(before == steps_per_epoch, f"can not resume {str(self.dir)!r}: the training images have changed "
+              f"({before} steps an epoch before, {steps_per_epoch} now)")  # fmt: skip
         try:
             for name, module in modules.items():
                 module.load_state_dict(self.checkpoint["state"][name])
@@ -662,7 +704,7 @@ class Run:
     def stop(self):
         """End a run that was asked to: 130 after Ctrl-C, 143 after SIGTERM. The checkpoint is written."""
         self.tracker.finish()
-        print(f"stopped; go on with: {shlex.join(sys.argv)}" + ("" if self.args.resume else " --resume")
+        print(f"stopped; go on with: python {shlex.join(sys.argv)}" + ("" if self.args.resume else " --resume")
               + ("" if self.args.run_dir else f" --run-dir {shlex.quote(str(self.dir))}"), file=sys.stderr)  # fmt: skip
         sys.exit(128 + self.stopped)
 
@@ -683,11 +725,13 @@ class Run:
         args, path = self.args, self.dir / "embeddings.npz"
         meta = dict(method=self.method, dataset=args.dataset, data_dir=args.data_dir, image_size=args.image_size,
                     encoder=args.encoder, width=args.width, epochs=args.epochs, seed=args.seed)  # fmt: skip
+        train, test = (embed(encoder, part, images.mean, images.std).cpu() for part in (images.train, images.test))
+        if not (torch.isfinite(train).all() and torch.isfinite(test).all()):
+            raise self._diverged("features are not finite")
         save_torch(self.dir / "encoder.pt", dict(
             encoder=args.encoder, width=args.width, feature_dim=feature_dim, image_size=args.image_size,
             mean=images.mean, std=images.std, class_names=images.class_names,
             state_dict={k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}))  # fmt: skip
-        train, test = (embed(encoder, part, images.mean, images.std).cpu() for part in (images.train, images.test))
         arrays = dict(train_features=train.numpy(), train_labels=images.train_labels.numpy(), test_features=test.numpy(),
                       test_labels=images.test_labels.numpy(), class_names=np.array(images.class_names, dtype=np.str_),
                       meta=np.array(json.dumps(meta)))  # fmt: skip
@@ -726,7 +770,9 @@ def save_torch(path, content):
 def load_torch(path):
     """torch.load of an untrusted file: tensors and plain types only. UserError where it is damaged or something else."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about a foreign file's pickle protocol: the error says enough
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{str(path)!r} is no checkpoint that can be read ({reason}); remove it to start anew") from None
@@ -743,9 +789,11 @@ class Tracker:
     def _start(self, project, entity, run_dir, name, config, run_id):
         import wandb
 
-        self.wandb = wandb
+        self.wandb, settings = wandb, wandb.Settings(init_timeout=60)
+        if hasattr(settings, "finish_timeout"):  # not in older ones: a lost server must not hold up the end
+            settings.finish_timeout = 120.0
         self.run = wandb.init(project=project, entity=entity, dir=str(run_dir), name=name, config=config, id=run_id,
-                              resume="allow" if run_id else None, settings=wandb.Settings(init_timeout=60))  # fmt: skip
+                              resume="allow" if run_id else None, settings=settings)  # fmt: skip
 
     def _try(self, call):
         try:

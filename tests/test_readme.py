@@ -1,0 +1,61 @@
+"""What README.md says: its tables are the recorded files', its flags exist, its code runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import barlow_twins
+import byol
+import knn_eval
+import simclr
+
+ROOT = Path(simclr.__file__).parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"simclr.py": simclr, "byol.py": byol, "barlow_twins.py": barlow_twins, "knn_eval.py": knn_eval}
+
+
+def flags_of(module):
+    return {name.replace("_", "-") for name in module.Args.__dataclass_fields__}
+
+
+def test_tables_are_made_from_the_recorded_files():
+    command = [sys.executable, "benchmarks/tables.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_flag_named_exists():
+    known = set().union(*map(flags_of, SCRIPTS.values())) | {"help"}
+    known |= {f"no-{flag}" for flag in known}
+    named = set(re.findall(r"(?<![\w-])--([a-z0-9][a-z0-9-]*)", README))
+    assert named and named <= known, named - known
+
+
+def commands():
+    """Every `python <script>` of the README with its flags."""
+    found = re.findall(r"python ((?:simclr|byol|barlow_twins|knn_eval)\.py[^`\n#]*)", README)
+    return sorted({line.strip() for line in found})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_parses(command):
+    import tyro
+
+    script, *words = shlex.split(command)
+    assert tyro.cli(SCRIPTS[script].Args, args=words)
+
+
+def test_the_lines_for_copying_one_file_run(tmp_path):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "from byol" in block)
+    (tmp_path / "byol.py").write_text((ROOT / "byol.py").read_text())  # alone: without common.py
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_it_points_at_are_there():
+    for target in re.findall(r"\]\(([^)h#][^)]*)\)", README):
+        assert (ROOT / target).exists(), target
