@@ -117,7 +117,7 @@ class View:
 
 
 PHOTO_VIEW = View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey_p=0.2, blur_p=1.0)
-SYMBOL_VIEW = View(turn=15, shift=0.12, zoom=0.15, jitter=(0.4, 0.0, 0.0, 0.0), noise=0.1)
+SYMBOL_VIEW = View(turn=10, shift=0.1, zoom=0.1, jitter=(0.6, 0.0, 0.0, 0.0), noise=0.2)
 AUGMENT = {"photo": (PHOTO_VIEW, replace(PHOTO_VIEW, blur_p=0.1, solarize_p=0.2)), "symbol": (SYMBOL_VIEW, SYMBOL_VIEW), "none": (View(), View())}
 
 

@@ -92,7 +92,7 @@ class Args:
 
 PHOTO = dict(augment="photo", width=64, ema=0.99, hidden_dim=1024, projection_dim=256, projection_layers=2,
              epochs=200, batch_size=512, lr=0.24, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
-SYMBOL = dict(PHOTO, augment="symbol", width=32, ema=0.9, epochs=60, batch_size=64, lr=0.1, weight_decay=1e-4, warmup_epochs=5)
+SYMBOL = dict(PHOTO, augment="symbol", width=32, ema=0.9, epochs=45, batch_size=64, lr=0.1, weight_decay=1e-4, warmup_epochs=5)
 RECIPES = {
     "digits": SYMBOL, "mnist": SYMBOL, "fashion_mnist": PHOTO, "cifar10": PHOTO, "cifar100": PHOTO,
     "stl10": PHOTO, "folder": PHOTO, "npz": PHOTO,
@@ -120,7 +120,7 @@ class View:
 
 
 PHOTO_VIEW = View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey_p=0.2, blur_p=1.0)
-SYMBOL_VIEW = View(turn=15, shift=0.12, zoom=0.15, jitter=(0.4, 0.0, 0.0, 0.0), noise=0.1)
+SYMBOL_VIEW = View(turn=10, shift=0.1, zoom=0.1, jitter=(0.6, 0.0, 0.0, 0.0), noise=0.2)
 AUGMENT = {"photo": (PHOTO_VIEW, replace(PHOTO_VIEW, blur_p=0.1, solarize_p=0.2)), "symbol": (SYMBOL_VIEW, SYMBOL_VIEW), "none": (View(), View())}
 
 

@@ -159,7 +159,7 @@ def load_images(dataset, data_dir="data", image_size=None, device="cpu"):
     elif dataset == "folder":
         train_files, train_labels, test_files, test_labels, class_names = _list_folder(Path(data_dir))
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # what claims so many pixels counts as broken
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # what claims that many pixels is broken
             image_size = image_size or _usual_size(Path(data_dir), train_files)
             images = _decode([Path(data_dir) / name for name in train_files + test_files], image_size)
         train, test = images[: len(train_files)], images[len(train_files) :]
@@ -403,9 +403,10 @@ def normalise(images, mean, std):
 
 
 @torch.no_grad()
-def embed(encoder, images, mean, std, batch_size=500):
+def embed(encoder, images, mean, std, batch_size=None):
     """Features [N, D] float32 of clean uint8 images, by the encoder in eval mode (and its mode put back)."""
     training, device = encoder.training, next(encoder.parameters()).device
+    batch_size = batch_size or max(1, min(500, 2**21 // images.shape[3] ** 2))  # 500 images of 224 pixels fill 5 GB
     encoder.eval()
     features = [torch.zeros(0, encoder(torch.zeros(1, 3, *images.shape[2:], device=device)).shape[1], device=device)]
     for chunk in images.split(batch_size):
@@ -434,7 +435,8 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
     for queries, labels in zip(test.split(1024), test_labels.to(device).split(1024)):
         similarity, index = (queries @ train.T).topk(k)
         # Less the largest: exp can then neither overflow nor be zero for all, and the vote is the same.
-        weight = torch.ones_like(similarity) if temperature is None else ((similarity - similarity[:, :1]) / temperature).exp()
+        behind = similarity - similarity[:, :1]
+        weight = torch.ones_like(behind) if temperature is None else (behind / temperature).exp()
         votes = torch.zeros(len(queries), len(classes), device=device).scatter_add_(1, train_ids[index], weight)
         right += (classes[votes.argmax(1)] == labels).sum()
     return float(right) / len(test)
@@ -619,6 +621,7 @@ class Run:
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
+
     @contextmanager
     def training(self, step, steps):
         """Around the loop: a progress bar in a terminal, and the first Ctrl-C or SIGTERM sets `stopped`."""
@@ -682,7 +685,7 @@ class Run:
     def save_checkpoint(self, step, stats, **modules):
         """Write checkpoint.pt: everything that resuming needs. Modules are whatever has a state_dict()."""
         state = {name: module.state_dict() for name, module in modules.items()}
-        if not all(torch.isfinite(value).all() for value in state["network"].values()):  # the loss shows it a step later
+        if not all(torch.isfinite(value).all() for value in state["network"].values()):  # the loss tells a step later
             raise self._diverged(f"weights are not finite after step {step - 1} ({self.precision})")
         # `args` for the comparison on resume; plain types and tensors only, so that weights_only=True reads them.
         save_torch(self.dir / "checkpoint.pt", dict(

@@ -98,7 +98,9 @@ def test_missing_and_empty_folder(refused, tiny, method, tmp_path):
 
 def test_one_class_only(refused, tiny, method, tmp_path):
     save_images(tmp_path / "one" / "train" / "cat")
-    refused(method, *flags(**tiny(dataset="folder", data_dir=tmp_path / "one", batch_size=4)), says=["one class", "cat"])
+    refused(
+        method, *flags(**tiny(dataset="folder", data_dir=tmp_path / "one", batch_size=4)), says=["one class", "cat"]
+    )
     np.savez(tmp_path / "one.npz", train_images=np.zeros((9, 8, 8), np.uint8), train_labels=np.full(9, 3))
     refused(method, *flags(**tiny(data_dir=tmp_path / "one.npz", batch_size=4)), says=["one class", "3"])
 
@@ -215,7 +217,9 @@ CASES = ["empty", "truncated", "text", "list", "state dict alone", "without epoc
 def test_checkpoint_that_is_none(refused, tiny, finished, tmp_path, case):
     folder, marker = tmp_path / "run", tmp_path / "the code ran"
     folder.mkdir()
-    (folder / "checkpoint.pt").write_bytes(foreign_checkpoints((finished("simclr") / "checkpoint.pt").read_bytes(), marker)[case])
+    (folder / "checkpoint.pt").write_bytes(
+        foreign_checkpoints((finished("simclr") / "checkpoint.pt").read_bytes(), marker)[case]
+    )
     refused(simclr, *flags(**tiny(run_dir=folder, resume=True)), says=["checkpoint.pt"])
     assert not marker.exists()
 

@@ -1,10 +1,11 @@
-"""A run from its first to its last file: what it writes, that resuming changes nothing, how it ends when it is stopped."""
+"""A run from its first to its last file: what it writes, that resuming changes nothing, how it ends when stopped."""
 
 import importlib
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,7 +100,11 @@ def test_width_64_loads_into_torchvisions_network(tiny, tmp_path):
     simclr = importlib.import_module("simclr")
     folder = train(simclr, tiny, tmp_path / "run", width=64, epochs=0)
     theirs = torchvision.models.resnet18()
-    theirs.conv1, theirs.maxpool, theirs.fc = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity(), torch.nn.Identity()
+    theirs.conv1, theirs.maxpool, theirs.fc = (
+        torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False),
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+    )
     theirs.load_state_dict(torch.load(folder / "encoder.pt", weights_only=True)["state_dict"])  # strict
 
 
@@ -161,7 +166,7 @@ def test_collapse_is_said(tiny, run_cli, tmp_path, monkeypatch):
 
 
 def interrupt(monkeypatch, at, number=signal.SIGINT, times=1):
-    """Send this process a signal while step `at` is under way. Each step is signalled once, not again after resuming."""
+    """Send this process a signal, once, while step `at` is under way."""
     advance, sent = common.Run.advance, []
 
     def advancing(self, i, stats, lr, epoch, step):
@@ -244,9 +249,19 @@ def test_interrupted_while_evaluating(run_cli, tiny, finished, tmp_path, monkeyp
     assert epochs(tmp_path / "run") == [1, 2, 3] and features(tmp_path / "run") == features(finished("simclr"))
 
 
-def test_resume_of_a_finished_run(run_cli, tiny, method, finished, tmp_path):
-    import shutil
+def test_interrupted_while_loading(run_cli, tiny, tmp_path, monkeypatch):
+    """Before anything is written a Ctrl-C leaves nothing behind."""
+    simclr = importlib.import_module("simclr")
 
+    def loading(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "load_images", loading)
+    result = run_cli(simclr, *flags(**tiny(run_dir=tmp_path / "run")))
+    assert result.status == 130 and result.err == "interrupted\n" and not (tmp_path / "run").exists()
+
+
+def test_resume_of_a_finished_run(run_cli, tiny, method, finished, tmp_path):
     folder = shutil.copytree(finished(method.__name__), tmp_path / "run")
     result = run_cli(method, *flags(**tiny(run_dir=folder, resume=True)))
     assert result.status == 0 and not result.err and "kNN accuracy" in result.out
@@ -323,7 +338,9 @@ def test_unlabelled_folder(run_cli, tiny, method, tmp_path):
         (tmp_path / "photos" / f"album {i % 3}").mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"album {i % 3}" / f"{i} \u732b.png")
-    words = tiny(dataset="folder", data_dir=tmp_path / "photos", run_dir=tmp_path / "run", batch_size=4, epochs=1, eval_every=1)
+    words = tiny(
+        dataset="folder", data_dir=tmp_path / "photos", run_dir=tmp_path / "run", batch_size=4, epochs=1, eval_every=1
+    )
     result = run_cli(method, *flags(**words))
     assert result.status == 0 and "no labels" in result.out, result
     with np.load(tmp_path / "run" / "embeddings.npz", allow_pickle=False) as file:

@@ -36,7 +36,7 @@ def records(path):
 
 
 def read_back(run_dir):
-    """One (id, config, history) for each time that the run was started, in order."""
+    """One (id, config, history, project, folder) for each time that the run was started, in order."""
     found = []
     for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns):
         identity, config, history = None, {}, []
@@ -55,11 +55,11 @@ def read_back(run_dir):
 
 @pytest.fixture
 def private(monkeypatch, tmp_path):
-    """Nothing of this machine's W&B settings, and no file of it outside tmp_path."""
+    """No file of W&B's outside tmp_path, and its service ended afterwards."""
     monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "wandb files")) if name != "WANDB_DIR" else monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(wandb, "run", wandb.run)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb files"))
     yield
     wandb.teardown()
 
