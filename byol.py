@@ -92,7 +92,8 @@ class Args:
 
 PHOTO = dict(augment="photo", width=64, ema=0.99, hidden_dim=1024, projection_dim=256, projection_layers=2,
              epochs=200, batch_size=512, lr=0.24, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
-SYMBOL = dict(PHOTO, augment="symbol", width=32, ema=0.9, epochs=45, batch_size=64, lr=0.1, weight_decay=1e-4, warmup_epochs=5)
+SYMBOL = dict(PHOTO, augment="symbol", width=32, ema=0.9, hidden_dim=2048,
+              epochs=45, batch_size=64, lr=0.1, weight_decay=5e-4, warmup_epochs=5)  # fmt: skip
 RECIPES = {
     "digits": SYMBOL, "mnist": SYMBOL, "fashion_mnist": PHOTO, "cifar10": PHOTO, "cifar100": PHOTO,
     "stl10": PHOTO, "folder": PHOTO, "npz": PHOTO,
@@ -111,6 +112,7 @@ class View:
     turn: float = 0.0  # degrees, either way
     shift: float = 0.0  # share of the side, either way
     zoom: float = 0.0  # 1 +- zoom
+    warp_p: float = 1.0  # turn, shift and zoom together
     jitter: Tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.8
     grey_p: float = 0.0
@@ -120,8 +122,12 @@ class View:
 
 
 PHOTO_VIEW = View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey_p=0.2, blur_p=1.0)
-SYMBOL_VIEW = View(turn=10, shift=0.1, zoom=0.1, jitter=(0.6, 0.0, 0.0, 0.0), noise=0.2)
-AUGMENT = {"photo": (PHOTO_VIEW, replace(PHOTO_VIEW, blur_p=0.1, solarize_p=0.2)), "symbol": (SYMBOL_VIEW, SYMBOL_VIEW), "none": (View(), View())}
+SYMBOL_VIEW = View(turn=10, shift=0.1, zoom=0.1, warp_p=0.5, jitter=(0.6, 0.0, 0.0, 0.0), noise=0.2)
+AUGMENT = {
+    "photo": (PHOTO_VIEW, replace(PHOTO_VIEW, blur_p=0.1, solarize_p=0.2)),
+    "symbol": (SYMBOL_VIEW, SYMBOL_VIEW),
+    "none": (View(), View()),
+}
 
 
 def crop_boxes(n, height, width, scale, device):
@@ -227,8 +233,8 @@ def augment(images, view, size):
     if view.crop != (1.0, 1.0) or view.flip_p or size != x.shape[2]:
         x = crop_resize(x, *crop_boxes(n, *x.shape[2:], view.crop, device), chosen(view.flip_p).view(-1), size)
     if view.turn or view.shift or view.zoom:
-        x = affine(x, uniform(-view.turn, view.turn), *uniform(-view.shift, view.shift, 2).T,
-                   uniform(1 - view.zoom, 1 + view.zoom))  # fmt: skip
+        degrees, dx, dy, zoom = (torch.rand(n, 4, device=device) * 2 - 1).mul(chosen(view.warp_p).view(-1, 1)).T
+        x = affine(x, view.turn * degrees, view.shift * dx, view.shift * dy, 1 + view.zoom * zoom)
     if any(view.jitter):
         change = torch.stack([uniform(-most, most) for most in view.jitter], dim=1) * chosen(view.jitter_p).view(-1, 1)
         x = color_jitter(x, (1 + change[:, :3]).clamp(min=0), change[:, 3], torch.rand(n, 3, device=device).argsort(1))

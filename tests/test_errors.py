@@ -319,7 +319,17 @@ def test_divergence_after_a_checkpoint(run_cli, tiny, method, tmp_path, monkeypa
 def test_divergence_in_the_last_step(run_cli, tiny, method, tmp_path, monkeypatch):
     """The loss of the step that breaks the weights is still finite: neither checkpoint nor embeddings may show it."""
     rate = method.learning_rate
-    monkeypatch.setattr(method, "learning_rate", lambda step, *rest: 1e38 if step == 8 else rate(step, *rest))
+    monkeypatch.setattr(method, "learning_rate", lambda step, *rest: 1e60 if step == 8 else rate(step, *rest))
     result = run_cli(method, *flags(**tiny(run_dir=tmp_path / "run")))
     assert result.status == 1 and "not finite" in result.err and len(result.err.splitlines()) == 1, result
+    assert not (tmp_path / "run" / "embeddings.npz").exists() and not (tmp_path / "run" / "encoder.pt").exists()
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+def test_features_that_are_not_finite(run_cli, tiny, tmp_path, monkeypatch):
+    """Finite weights whose features overflow: no embeddings, no encoder."""
+    embed = common.embed
+    monkeypatch.setattr(common, "embed", lambda *args: embed(*args) / 0)
+    result = run_cli(simclr, *flags(**tiny(run_dir=tmp_path / "run", epochs=1)))
+    assert result.status == 1 and "features are not finite" in result.err and len(result.err.splitlines()) == 1, result
     assert not (tmp_path / "run" / "embeddings.npz").exists() and not (tmp_path / "run" / "encoder.pt").exists()
