@@ -217,6 +217,7 @@ def _digits():
 
 def _torchvision(dataset, data_dir):
     name = dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10", cifar100="CIFAR100", stl10="STL10")
+    check(dataset in name, f"there is no data set {dataset!r}")
     data_class = getattr(torchvision.datasets, name[dataset])
     parts = dict(split="train+unlabeled"), dict(split="test")
     if dataset != "stl10":
@@ -525,7 +526,7 @@ def atomic_write(path):
 def _write_error(path, error):
     no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
     what = f"could not write {str(path)!r}: {error.strerror or error}"
-    return UserError(f"{what}; make room, then go on with --resume" if no_room else what, 1 if no_room else 2)
+    return UserError(f"{what}; make room; a training goes on with --resume" if no_room else what, 1 if no_room else 2)
 
 
 def _interactive():

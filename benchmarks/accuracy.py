@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = ["--width", "16", "--batch-size", "128", "--lr", "0.06", "--warmup-epochs", "0.5", "--eval-every", "0"]
 SETS = {
     "digits": [],
-    "fashion_mnist": ["--dataset", "fashion_mnist", "--epochs", "1", *SHORT],
+    "fashion_mnist": ["--dataset", "fashion_mnist", "--image-size", "16", "--epochs", "1", *SHORT],
     "cifar10_jpeg": ["--dataset", "folder", "--epochs", "5", *SHORT],
 }
 PER_CLASS = 1000  # training images of a class of cifar10_jpeg, the first by name, and a fifth as many test images
