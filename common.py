@@ -75,7 +75,9 @@ def check_args(args):
     # Narrower than 16, oneDNN's backward of the strided 1x1 convolutions writes past its memory (oneDNN issue 6035).
     at_least = dict(seed=0, image_size=4, width=16, hidden_dim=1, projection_dim=1, projection_layers=0, epochs=0,
                     batch_size=2, lr=0, weight_decay=0, warmup_epochs=0, eval_every=0, knn_k=1, checkpoint_every=1)  # fmt: skip
-    at_most = dict(seed=2**63, image_size=1024, width=1024, hidden_dim=2**16, projection_dim=2**16, projection_layers=16)
+    at_most = dict(
+        seed=2**63, image_size=1024, width=1024, hidden_dim=2**16, projection_dim=2**16, projection_layers=16
+    )
     for key, low in at_least.items():
         value, high = getattr(args, key), at_most.get(key, float("inf"))
         if value is None:  # image_size: the images' own
@@ -629,7 +631,9 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._unlock()
-            raise UserError(f"--run-dir {str(self.dir)!r} is in use by another run; wait for it, or name another folder")
+            raise UserError(
+                f"--run-dir {str(self.dir)!r} is in use by another run; wait for it, or name another folder"
+            )
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks, such as Google Drive's
 
@@ -755,7 +759,9 @@ class Run:
                       test_labels=images.test_labels.numpy(), class_names=np.array(images.class_names, dtype=np.str_),
                       meta=np.array(json.dumps(meta)))  # fmt: skip
         if images.train_files is not None:
-            arrays.update(train_files=np.array(images.train_files, np.str_), test_files=np.array(images.test_files, np.str_))
+            arrays.update(
+                train_files=np.array(images.train_files, np.str_), test_files=np.array(images.test_files, np.str_)
+            )
         with atomic_write(path) as file:
             np.savez(file, **arrays)
         labelled, judged = images.train_labels >= 0, images.test_labels >= 0
@@ -794,7 +800,9 @@ def load_torch(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{str(path)!r} is no checkpoint that can be read ({reason}); remove it to start anew") from None
+        raise UserError(
+            f"{str(path)!r} is no checkpoint that can be read ({reason}); remove it to start anew"
+        ) from None
 
 
 class Tracker:
@@ -818,7 +826,9 @@ class Tracker:
         try:
             return call()
         except Exception as error:  # whatever W&B raises, the training matters more
-            print(f"note: Weights & Biases failed ({' '.join(str(error).split())}); going on without it", file=sys.stderr)
+            print(
+                f"note: Weights & Biases failed ({' '.join(str(error).split())}); going on without it", file=sys.stderr
+            )
             self.run = None
 
     def log(self, record):
@@ -831,7 +841,9 @@ class Tracker:
 
     def log_table(self, key, columns, rows):
         if self.run:
-            self._try(lambda: self.run.log({key: self.wandb.Table(columns=list(columns), data=[list(r) for r in rows])}))
+            self._try(
+                lambda: self.run.log({key: self.wandb.Table(columns=list(columns), data=[list(r) for r in rows])})
+            )
 
     def finish(self):
         if self.run:

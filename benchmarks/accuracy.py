@@ -61,7 +61,9 @@ def record(args, method, seed, knn, command, versions):
     with open(args.output, "a") as file:
         file.write(json.dumps(line) + "\n")
     shown = [accuracy for k, accuracy in line["accuracy"].items() if k <= 100]
-    print(f"{args.data} {method} seed {seed}: mean over k up to 100 = {100 * sum(shown) / len(shown):.2f} %", flush=True)
+    print(
+        f"{args.data} {method} seed {seed}: mean over k up to 100 = {100 * sum(shown) / len(shown):.2f} %", flush=True
+    )
 
 
 def link_part(source, folder):

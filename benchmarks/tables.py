@@ -1,7 +1,7 @@
 """Write the tables of README.md from the recorded files in benchmarks/results/.
 
-    python benchmarks/tables.py            # rewrites the tables between their marks
-    python benchmarks/tables.py --check    # exit status 1 where README.md says something else than the files
+python benchmarks/tables.py            # rewrites the tables between their marks
+python benchmarks/tables.py --check    # exit status 1 where README.md says something else than the files
 """
 
 import json
@@ -48,7 +48,15 @@ def up_to_100(accuracy):
 def digits():
     """Accuracy over k, mean over the seeds; the last lines hold the mean over the k up to 100, overall and by seed."""
     found = accuracies("digits")
-    columns = ["pixels", "simclr, untrained", "simclr", "byol, untrained", "byol", "barlow_twins, untrained", "barlow_twins"]
+    columns = [
+        "pixels",
+        "simclr, untrained",
+        "simclr",
+        "byol, untrained",
+        "byol",
+        "barlow_twins, untrained",
+        "barlow_twins",
+    ]
     columns = [column for column in columns if column in found]
     lines = [[k, *(f"{100 * mean(run[k] for run in found[c]):.2f}" for c in columns)] for k in found[columns[0]][0]]
     means = {c: [up_to_100(run) for run in found[c]] for c in columns}

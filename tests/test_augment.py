@@ -57,7 +57,9 @@ def test_crop_boxes_are_drawn_as_torchvision_draws_them():
     torch.manual_seed(0)
     ours = torch.stack(simclr.crop_boxes(20000, 40, 48, (0.08, 1.0), "cpu"), dim=1)
     image = torch.zeros(3, 40, 48)
-    theirs = torch.tensor([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20000)]).float()
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20000)]
+    ).float()
     assert (ours == ours.round()).all() and (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
     assert (ours[:, 0] + ours[:, 2] <= 40).all() and (ours[:, 1] + ours[:, 3] <= 48).all()
     # The means and standard deviations of 20,000 draws agree to a few standard errors.
@@ -173,7 +175,9 @@ def test_an_op_is_applied_with_its_probability_and_image_by_image(photos, change
     changed = [((v - x.float() / 255).abs().amax((1, 2, 3)) > 1e-3) for v in (v1, v2)]
     for c in changed:
         assert abs(c.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(len(x))
-    assert abs((changed[0] == changed[1]).float().mean() - 0.5) < 4 * 0.5 / math.sqrt(len(x))  # the views are independent
+    assert abs((changed[0] == changed[1]).float().mean() - 0.5) < 4 * 0.5 / math.sqrt(
+        len(x)
+    )  # the views are independent
 
 
 def test_views_stay_with_their_image(photos):
@@ -190,7 +194,10 @@ def test_all_24_orders_come_equally_often():
     torch.manual_seed(0)
     n = 4800
     pixel = torch.rand(1, 3, 8, 8).expand(n, 3, 8, 8)
-    factors, hue = torch.tensor([[1.6, 2.0, 2.5]]).expand(n, 3), torch.full((n,), 0.15)  # strong: clamping keeps no order
+    factors, hue = (
+        torch.tensor([[1.6, 2.0, 2.5]]).expand(n, 3),
+        torch.full((n,), 0.15),
+    )  # strong: clamping keeps no order
     shuffle = torch.rand(n).argsort()
     result = simclr.color_jitter(pixel, factors, hue, torch.rand(n, 3).argsort(1))[shuffle.argsort()]
     _, counts = result.flatten(1).mul(1e5).round().unique(dim=0, return_counts=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import flags
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
@@ -17,7 +18,6 @@ from torchvision.transforms import v2
 
 import common
 import simclr
-from conftest import flags
 
 
 def noise(*shape, seed=0):

@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import METHODS, ROOT, flags
 from PIL import Image
 
 import common
-from conftest import METHODS, ROOT, flags
 
 simclr = importlib.import_module("simclr")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -111,7 +111,7 @@ def test_one_file_alone_in_a_folder_gives_views_network_and_loss(module, tmp_pat
 def test_with_common_beside_it_the_copied_command_runs(module, tmp_path):
     for file in (module.__file__, common.__file__):
         shutil.copy(file, tmp_path)
-    command = [sys.executable, f"{module.__name__}.py", "--epochs", "0", "--width", "4", "--run-dir", "r"]
+    command = [sys.executable, f"{module.__name__}.py", "--epochs", "0", "--width", "16", "--run-dir", "r"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and (tmp_path / "r" / "embeddings.npz").exists(), done.stderr
 
@@ -275,4 +275,3 @@ def test_without_predictor_or_stop_gradient_the_spread_falls():
     assert healthy > 0.3
     assert train_byol(60, predictor=False) < 0.5 * healthy
     assert train_byol(60, stop_gradient=False) < 0.5 * healthy
-

@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, flags
 
 wandb = pytest.importorskip("wandb")
@@ -37,6 +36,7 @@ def records(path):
 
 def read_back(run_dir):
     """One (id, config, history, project, folder) for each time that the run was started, in order."""
+    wandb.teardown()  # the end of W&B's own process: only then is all of the file written for sure
     found = []
     for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns):
         identity, config, history = None, {}, []
