@@ -69,7 +69,7 @@ class Args:
     epochs: Optional[int] = None
     """passes over the training images; 0 writes the untrained encoder's embeddings"""
     batch_size: Optional[int] = None
-    """images a step, over all processes"""
+    """images a step"""
     lr: Optional[float] = None
     """peak learning rate of SGD"""
     weight_decay: Optional[float] = None
@@ -227,7 +227,7 @@ def augment(images, view, size):
 
     shuffle = torch.rand(n, device=device).argsort()  # for color_jitter
     x = images[shuffle].float() / 255
-    if view.crop != (1.0, 1.0) or view.flip_p or size != x.shape[2]:
+    if view.crop != (1.0, 1.0) or view.flip_p or (size, size) != x.shape[2:]:
         x = crop_resize(x, *crop_boxes(n, *x.shape[2:], view.crop, device), chosen(view.flip_p).view(-1), size)
     if view.turn or view.shift or view.zoom:
         degrees, dx, dy, zoom = (torch.rand(n, 4, device=device) * 2 - 1).mul(chosen(view.warp_p).view(-1, 1)).T

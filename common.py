@@ -76,7 +76,13 @@ def check_args(args):
     at_least = dict(seed=0, image_size=4, width=16, hidden_dim=1, projection_dim=1, projection_layers=0, epochs=0,
                     batch_size=2, lr=0, weight_decay=0, warmup_epochs=0, eval_every=0, knn_k=1, checkpoint_every=1)  # fmt: skip
     at_most = dict(
-        seed=2**63, image_size=1024, width=1024, hidden_dim=2**16, projection_dim=2**16, projection_layers=16
+        seed=2**63,
+        warmup_epochs=10**6,
+        image_size=1024,
+        width=1024,
+        hidden_dim=2**16,
+        projection_dim=2**16,
+        projection_layers=16,
     )
     for key, low in at_least.items():
         value, high = getattr(args, key), at_most.get(key, float("inf"))
@@ -84,6 +90,7 @@ def check_args(args):
             continue
         check(low <= value <= high and math.isfinite(value), f"--{key.replace('_', '-')} {value} must be at least {low}"
               + (f" and at most {high}" if key in at_most else " and finite" if isinstance(value, float) else ""))  # fmt: skip
+    check(int(os.environ.get("WORLD_SIZE", 1)) == 1, "torchrun with several processes is not supported yet; use one")
     check(args.lr > 0, "--lr 0 trains nothing; use --epochs 0 for the untrained encoder")
     check(args.knn_temperature is None or 0 < args.knn_temperature < math.inf,
           f"--knn-temperature {args.knn_temperature} must be above 0 and finite")  # fmt: skip
@@ -544,7 +551,8 @@ class Run:
 
     def __init__(self, method, args):
         """Find the folder and read the checkpoint in it; nothing is written before start(). UserError."""
-        self.method, self.args, self.checkpoint, self.stopped, self.bar, self.lock = method, args, None, 0, None, None
+        self.method, self.args, self.checkpoint, self.before = method, args, None, {}
+        self.stopped, self.bar, self.lock = 0, None, None
         check(args.run_dir or not args.resume, "--resume needs --run-dir: the folder of the run to go on with")
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or Path("runs") / name)
@@ -552,7 +560,8 @@ class Run:
             self.dir = self.dir.with_name(self.dir.name + "x")
         if args.resume:
             self.checkpoint = self._read_checkpoint()
-            if self.checkpoint:
+            self.before = self.checkpoint or self._read_config()
+            if self.before:
                 self._compare()
         else:
             self._check_empty()
@@ -575,24 +584,38 @@ class Run:
               f"{self.method!r}; name another --run-dir")  # fmt: skip
         return checkpoint
 
+    def _read_config(self):
+        """What args.json says of a run that has no checkpoint (yet): its method must agree, its arguments are compared."""
+        path = self.dir / "args.json"
+        if not path.exists():
+            return {}
+        try:
+            config = json.loads(path.read_text())
+            method, before, wandb_id = config["method"], dict(config["args"]), str(config["wandb_id"])
+        except Exception:
+            raise UserError(f"{str(path)!r} can not be read; remove it to start anew") from None
+        check(method == self.method, f"{str(self.dir)!r} holds a run of {method!r}, not of {self.method!r}; name another "
+              "--run-dir")  # fmt: skip
+        return {"args": before, "wandb_id": wandb_id}
+
     def _compare(self):
-        """Refuse to resume with other arguments than the checkpoint's; what is not known yet (None) is let pass."""
-        before, now = self.checkpoint["args"], asdict(self.args)
+        """Refuse to resume with other arguments than before; what is not known yet (None) is let pass."""
+        before, now = self.before["args"], asdict(self.args)
         changed = [f"--{key.replace('_', '-')} was {before.get(key)} and is {now[key]}" for key in now
                    if key not in self.MAY_CHANGE and now[key] is not None and before.get(key) != now[key]]  # fmt: skip
         check(not changed, f"can not resume {str(self.dir)!r} with other arguments: {'; '.join(changed)}")
 
     def start(self, device, precision, **extra):
         """Create or take over the folder, write args.json, drop log lines that the checkpoint does not cover."""
-        if self.checkpoint:
+        if self.before:
             self._compare()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock()
             if not self.args.resume:
                 self._check_empty()
-            for stale in self.dir.glob(".*.tmp"):  # left by a run that was killed while it wrote
-                stale.unlink()
+            for name in ("args.json", "log.jsonl", "views.png", "checkpoint.pt", "encoder.pt", "embeddings.npz"):
+                (self.dir / f".{name}.tmp").unlink(missing_ok=True)  # left by a run that was killed while it wrote
             self.epochs_logged = self.checkpoint["epochs_logged"] if self.checkpoint else 0
             lines = []
             if (self.dir / "log.jsonl").exists():
@@ -602,6 +625,7 @@ class Run:
         except OSError as error:
             raise UserError(f"--run-dir {str(self.dir)!r} can not be written: {error.strerror or error}") from None
         self.device, self.precision = device, precision
+        self.wandb_id = self.before.get("wandb_id") or os.urandom(4).hex()
         config = {
             "method": self.method,
             "args": asdict(self.args),
@@ -611,13 +635,13 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": np.__version__},
             "command": shlex.join(sys.argv),
+            "wandb_id": self.wandb_id,
         }  # fmt: skip
         with atomic_write(self.dir / "args.json") as file:
             file.write(json.dumps(config, indent=2).encode())
         print(f"{self.method} on {config['device']} in {precision}: {self.dir}")
         shown = {k: v for k, v in config["args"].items() if v is not None}
         print("  " + "  ".join(f"{k}={v}" for k, v in shown.items()))
-        self.wandb_id = self.checkpoint["wandb_id"] if self.checkpoint else os.urandom(4).hex()
         args = self.args
         self.tracker = Tracker(args.track, args.wandb_project, args.wandb_entity, self.dir, self.dir.name, config,
                                self.wandb_id)  # fmt: skip
@@ -658,9 +682,11 @@ class Run:
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not _interactive(), dynamic_ncols=True)
         try:
             yield
+        except BaseException:
+            self._unlock()  # a notebook's process lives on, and the run may go on in another
+            raise
         finally:
             self.bar.close()
-            self._unlock()  # a notebook's process lives on, and the run may go on in another
             for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
 
@@ -719,7 +745,9 @@ class Run:
               f"({before} steps an epoch before, {steps_per_epoch} now)")  # fmt: skip
         try:
             for name, module in modules.items():
-                module.load_state_dict(self.checkpoint["state"][name])
+                state = self.checkpoint["state"][name]
+                if state or name != "scaler":  # empty where the run before was not in fp16: then a new scaler starts
+                    module.load_state_dict(state)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{str(self.dir / 'checkpoint.pt')!r} does not fit this run: {reason}") from None
@@ -781,6 +809,7 @@ class Run:
             self.tracker.log_image("embedding_2d", self.dir / "embedding_2d.png")
             self.tracker.log_image("views", self.dir / "views.png")
         self.tracker.finish()
+        self._unlock()
         print(f"wrote {path}; next: python knn_eval.py {shlex.quote(str(self.dir))} --pixels")
 
 

@@ -6,7 +6,7 @@
 
 An input is a run folder, or an .npz with train_features [N, D], train_labels [N], test_features [M, D] and
 test_labels [M]. Beside it go knn.json, knn.csv, embedding_2d.png and (beside the first one) knn.png.
-To sweep k in your own code, copy everything above `Args`: it needs NumPy, scikit-learn, PyTorch and tqdm only.
+To sweep k in your own code, copy everything above `Args`: it needs NumPy, scikit-learn, PyTorch, tqdm and tyro.
 The votes, how k is chosen, and what is promised: README.md, section kNN evaluation.
 """
 
@@ -81,10 +81,12 @@ def knn_sweep(train_features, train_labels, test_features, ks, metric="cosine", 
         weights = _weights(squared, vote, temperature)
         cell = train_ids[neighbours] + len(classes) * np.arange(len(queries))[:, None]  # of votes, flattened
         votes = np.zeros((len(queries), len(classes)))
+        # A point that is judged by the others does not count among its own class's.
+        points = sizes if own is None else np.maximum(sizes - (train_ids[own, None] == np.arange(len(classes))), 1)
         for low, k in zip([0, *ks], ks):
             weight = None if weights is None else weights[:, low:k].ravel()
             votes += np.bincount(cell[:, low:k].ravel(), weight, votes.size).reshape(votes.shape)
-            shares = votes / sizes if vote == "balanced" else votes
+            shares = votes / points if vote == "balanced" else votes
             predictions[k][start : start + rows] = classes[shares.argmax(1)]
     return predictions
 

@@ -175,6 +175,17 @@ def test_softmax_at_extreme_temperatures():
     assert (knn_sweep(train, labels, test, [50], vote="softmax", temperature=1e300)[50] == majority).all()
 
 
+def test_balanced_leave_one_out_judges_each_point_by_the_others_alone():
+    train, labels, _, _ = clusters(60, 2, dim=5, classes=3)
+    labels[:45] = labels[0]
+    found = knn_sweep(train, labels, None, [2, 5, 20], vote="balanced")
+    for k in found:
+        for i in range(len(train)):
+            others = np.arange(len(train)) != i
+            alone = knn_sweep(train[others], labels[others], train[i : i + 1], [k], vote="balanced")[k]
+            assert found[k][i] == alone[0]
+
+
 def test_balanced():
     train, labels, test, _ = clusters(600, 200, classes=5)
     labels = np.where(labels > 1, 4, labels)  # 3 of 5 points are of one class

@@ -365,3 +365,28 @@ def test_names_of_the_flags_agree(name):
     own = {"temperature", "ema", "ema_schedule", "lambd"}
     fields = [[(f.name, f.type) for f in dataclasses.fields(m.Args) if f.name not in own] for m in modules]
     assert fields[METHODS.index(name)] == fields[0]
+
+
+def test_a_checkpoint_of_another_precision_resumes_into_fp16(tiny, finished):
+    """Colab hands out another GPU: a run in fp32 or bf16 saved an empty scaler, and fp16 then starts a new one."""
+    folder = finished("simclr")
+    settings = json.loads((folder / "args.json").read_text())["args"]
+    run = common.Run("simclr", importlib.import_module("simclr").Args(**{**settings, "resume": True}))
+    assert run.checkpoint["state"]["scaler"] == {}
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    before = scaler.state_dict()
+    run.restore(3, scaler=scaler)
+    assert scaler.state_dict() == before
+
+
+def test_a_run_without_a_checkpoint_is_not_resumed_as_another_one(tiny, tmp_path, run_cli):
+    """--epochs 0 writes no checkpoint, and a run may be killed before its first one: args.json tells what it was."""
+    simclr, byol = (importlib.import_module(name) for name in ("simclr", "byol"))
+    words = tiny(run_dir=tmp_path / "run", epochs=0)
+    assert run_cli(simclr, *flags(**words)).status == 0
+    before = (tmp_path / "run" / "embeddings.npz").read_bytes()
+    for module, changes, named in ((byol, {}, "'simclr'"), (simclr, dict(seed=7), "--seed was 1 and is 7")):
+        result = run_cli(module, *flags(**{**words, **changes, "resume": True}))
+        assert result.status == 2 and named in result.err, result
+    assert run_cli(simclr, *flags(**words, resume=True)).status == 0
+    assert (tmp_path / "run" / "embeddings.npz").read_bytes() == before
