@@ -593,7 +593,9 @@ class Run:
             config = json.loads(path.read_text())
             method, before, wandb_id = config["method"], dict(config["args"]), str(config["wandb_id"])
         except Exception:
-            raise UserError(f"{str(path)!r} can not be read; remove it to start anew") from None
+            whole = (self.dir / "embeddings.npz").exists()
+            check(not whole, f"{str(path)!r} can not be read, and the folder holds a finished run; name another folder")
+            return {}
         check(method == self.method, f"{str(self.dir)!r} holds a run of {method!r}, not of {self.method!r}; name another "
               "--run-dir")  # fmt: skip
         return {"args": before, "wandb_id": wandb_id}
