@@ -75,12 +75,17 @@ def main():
     parser.add_argument("--test", type=int, default=None, help="queries (10000; with --memory 4000)")
     parser.add_argument("--dim", type=int, default=512, help="width of the features")
     parser.add_argument("--blocks", type=int, default=2, help="blocks of one loop and two sweeps")
+    parser.add_argument("--run", default=None, help="a run's embeddings.npz, instead of random features")
     parser.add_argument("--memory", action="store_true", help="measure the memory of the sweep instead of times")
     parser.add_argument("--output", default=None, help="JSON to write (benchmarks/results/knn-*.json)")
     args = parser.parse_args()
     n, m = args.train or (200_000 if args.memory else 50_000), args.test or (4_000 if args.memory else 10_000)
     train, labels = features(n, args.dim, 10, 1)
     test, truth = features(m, args.dim, 10, 2)
+    if args.run:
+        with np.load(args.run, allow_pickle=False) as file:
+            train, labels, test, truth = (file[f"{p}_{x}"] for p in ("train", "test") for x in ("features", "labels"))
+        n, m, args.dim = len(train), len(test), train.shape[1]
     ks = [k for k in KS if k <= n]
     command = " ".join(["python benchmarks/knn.py", *sys.argv[1:]])
     result = {"command": command, "train": n, "test": m, "dim": args.dim, "ks": ks}

@@ -609,7 +609,7 @@ def test_a_failure_leaves_earlier_files_alone(command, tmp_path, monkeypatch):
 
 
 def test_wandb_offline(command, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for key, value in dict(
         MODE="offline", SILENT="true", DATA_DIR="data", CACHE_DIR="cache", CONFIG_DIR="config"
     ).items():
@@ -617,6 +617,7 @@ def test_wandb_offline(command, tmp_path, monkeypatch):
     write(tmp_path / "run/embeddings.npz", META)
     _, out, err = command("run", "--track", "--ks", 1, 5)
     assert "failed" not in err
+    wandb.teardown()  # the end of W&B's own process: only then is all of the file written for sure
     (log,) = tmp_path.glob("run/wandb/offline-run-*/*.wandb")
     for key in (b"knn/run", b"chosen_k/run", b"test_accuracy/run", b"embedding_2d/run"):
         assert key in log.read_bytes()
