@@ -50,7 +50,8 @@ def knn_sweep(train_features, train_labels, test_features, ks, metric="cosine", 
     Distances are computed in float64, and predictions are those of scikit-learn's KNeighborsClassifier ("uniform",
     "distance"): the smallest label wins a tied vote. Where training points at the same distance straddle k, the
     lowest indices are taken; scikit-learn's choice depends on the number of queries there. Distances that float64
-    rounding can not tell apart count as the same. Needs less than 2 GB beside the features. ValueError on bad input.
+    rounding can not tell apart count as the same. Where all training points are equal (a collapsed encoder) there is no
+    neighbour, and every k gives the majority class. Needs less than 2 GB beside the features. ValueError on bad input.
     """
     train, train_labels = np.asarray(train_features), np.asarray(train_labels)
     test = train if test_features is None else np.asarray(test_features)
@@ -67,6 +68,7 @@ def knn_sweep(train_features, train_labels, test_features, ks, metric="cosine", 
     if vote == "softmax" and (metric != "cosine" or not 0 < temperature < np.inf):
         raise ValueError(f"vote softmax needs metric cosine and a temperature above 0, not {metric} and {temperature}")
 
+    collapsed = (train == train[0]).all()
     classes, train_ids, sizes = np.unique(train_labels, return_inverse=True, return_counts=True)
     dtype = np.result_type(train, test, np.float32)  # float32 rows are normalised in float32, as scikit-learn does
     block = max(1, BUDGET // (8 * train.shape[1]))
@@ -87,6 +89,7 @@ def knn_sweep(train_features, train_labels, test_features, ks, metric="cosine", 
             weight = None if weights is None else weights[:, low:k].ravel()
             votes += np.bincount(cell[:, low:k].ravel(), weight, votes.size).reshape(votes.shape)
             shares = votes / points if vote == "balanced" else votes
+            shares = np.broadcast_to(points, votes.shape) if collapsed else shares
             predictions[k][start : start + rows] = classes[shares.argmax(1)]
     return predictions
 

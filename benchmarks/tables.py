@@ -91,6 +91,9 @@ def ops():
     }
     lines = [[title, f"{result[key]['ratio']} ({result[key]['lowest']} to {result[key]['highest']})"]
              for key, title in titles.items()]  # fmt: skip
+    knn = json.loads((RESULTS / "knn-cpu.json").read_text())
+    title = f"`knn_sweep`, 13 k, {knn['train']} x {knn['test']} x {knn['dim']}, against 13 fits of KNeighborsClassifier"
+    lines.append([title, f"{knn['ratio']}; {knn['differing']} of {knn['predictions']} predictions differ"])
     return rows(["part", "times faster (range of blocks)"], lines)
 
 
