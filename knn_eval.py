@@ -476,7 +476,7 @@ def main(args):
               for path in data}  # fmt: skip
     called = {path: "".join(c if c.isalnum() or c in "._-" else "_" for c in short.resolve().name)[:80]
               for path, short in called.items()}  # fmt: skip
-    names = {path: f"{name}-{i}" if list(called.values()).count(name) > 1 else name
+    names = {path: f"{name}-{i}" if len(set(called.values())) < len(called) else name
              for i, (path, name) in enumerate(called.items(), 1)}  # fmt: skip
     folders = {path: Path(args.output or (path if path.is_dir() else path.parent)) for path in data}
     together = next(iter(folders.values()))
