@@ -383,9 +383,11 @@ def test_output_folder_and_names(command, tmp_path):
     write(tmp_path / "y/run/embeddings.npz")
     write(tmp_path / "one.npz")
     write(tmp_path / "two.npz")
-    write(tmp_path / "run-1.npz")  # called like what the first of two equal names would become
+    write(tmp_path / "z/run-1.npz")  # called like what the first of two equal names would become
     before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
-    command("x/run", "y/run/embeddings.npz", "run-1.npz", "--output", "new/folder", "--ks", 1, "--embedding-2d", "none")
+    command(
+        "x/run", "y/run/embeddings.npz", "z/run-1.npz", "--output", "new/folder", "--ks", 1, "--embedding-2d", "none"
+    )
     written = sorted(p.name for p in (tmp_path / "new/folder").iterdir())
     assert written == ["knn.png", "run-1-3-knn.csv", "run-1-3-knn.json", "run-1-knn.csv", "run-1-knn.json",
                        "run-2-knn.csv", "run-2-knn.json"]  # fmt: skip
