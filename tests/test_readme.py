@@ -1,6 +1,7 @@
 """What README.md says: its tables are the recorded files', its flags exist, its code runs."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def test_tables_are_made_from_the_recorded_files():
 
 
 def test_every_flag_named_exists():
-    known = set().union(*map(flags_of, SCRIPTS.values())) | {"help"}
+    benchmark = runpy.run_path(str(ROOT / "benchmarks/accuracy.py"))["Args"].__dataclass_fields__
+    known = set().union(*map(flags_of, SCRIPTS.values())) | {"help", *benchmark}
     known |= {f"no-{flag}" for flag in known}
     named = set(re.findall(r"(?<![\w-])--([a-z0-9][a-z0-9-]*)", README))
     assert named and named <= known, named - known
