@@ -1,6 +1,6 @@
 """Barlow Twins (Zbontar et al. 2021, https://arxiv.org/abs/2103.03230): one file, from the pair of views to the encoder.
 
-    python barlow_twins.py                              # scikit-learn's digits: no download, no GPU, about two minutes
+    python barlow_twins.py                              # scikit-learn's digits: no download, no GPU, a few minutes
     python barlow_twins.py --dataset cifar10 --track    # downloads CIFAR-10 into data/, logs to Weights & Biases
     python barlow_twins.py --dataset folder --data-dir photos --run-dir runs/photos --resume
     python knn_eval.py                                  # judges the runs under runs/ by their nearest neighbours

@@ -1,6 +1,6 @@
 """BYOL (Grill et al. 2020, https://arxiv.org/abs/2006.07733): one file, from the pair of views to the saved encoder.
 
-    python byol.py                                      # scikit-learn's digits: no download, no GPU, about two minutes
+    python byol.py                                      # scikit-learn's digits: no download, no GPU, a few minutes
     python byol.py --dataset cifar10 --ema 0.99 --track # downloads CIFAR-10 into data/, logs to Weights & Biases
     python byol.py --dataset folder --data-dir photos --run-dir runs/photos --resume
     python knn_eval.py                                  # judges the runs under runs/ by their nearest neighbours

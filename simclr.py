@@ -1,6 +1,6 @@
 """SimCLR (Chen et al. 2020, https://arxiv.org/abs/2002.05709): one file, from the pair of views to the saved encoder.
 
-    python simclr.py                                    # scikit-learn's digits: no download, no GPU, about two minutes
+    python simclr.py                                    # scikit-learn's digits: no download, no GPU, a few minutes
     python simclr.py --dataset cifar10 --track          # downloads CIFAR-10 into data/, logs to Weights & Biases
     python simclr.py --dataset folder --data-dir photos --run-dir runs/photos --resume
     python knn_eval.py                                  # judges the runs under runs/ by their nearest neighbours
