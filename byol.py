@@ -38,6 +38,8 @@ class Args:
     """auto: bf16 on GPUs of capability 8.0 and up, fp16 on older ones, fp32 elsewhere"""
     compile: bool = False
     """torch.compile the network: a minute at the start, then faster on recent GPUs"""
+    deterministic: bool = False
+    """the same bytes from the same seed on a GPU too, more slowly (a CPU gives them always)"""
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "ssl"
@@ -53,8 +55,8 @@ class Args:
     """pixels a side (unset: the images' own, at most 224)"""
     augment: Literal["auto", "photo", "symbol", "none"] = "auto"
     """photo: crops, flips, colours; symbol: shifts, zooms, turns, no flips; none: two identical copies"""
-    encoder: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    """torchvision's network; a 3x3 stem without max-pool up to 64 pixels"""
+    encoder: Optional[Literal["resnet10", "resnet18", "resnet34", "resnet50"]] = None
+    """torchvision's network, resnet10 with one block a stage; a 3x3 stem without max-pool up to 64 pixels"""
     width: Optional[int] = None
     """channels of its first stage (64 is torchvision's)"""
     # method
@@ -90,9 +92,9 @@ class Args:
     """epochs between checkpoints"""
 
 
-PHOTO = dict(augment="photo", width=64, ema=0.99, hidden_dim=1024, projection_dim=256, projection_layers=2,
+PHOTO = dict(augment="photo", encoder="resnet18", width=64, ema=0.99, hidden_dim=1024, projection_dim=256, projection_layers=2,
              epochs=200, batch_size=512, lr=0.24, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
-SYMBOL = dict(PHOTO, augment="symbol", width=32, ema=0.9, hidden_dim=2048,
+SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32, ema=0.9, hidden_dim=2048,
               epochs=45, batch_size=64, lr=0.1, weight_decay=5e-4, warmup_epochs=5)  # fmt: skip
 RECIPES = {
     "digits": SYMBOL, "mnist": SYMBOL, "fashion_mnist": PHOTO, "cifar10": PHOTO, "cifar100": PHOTO,
@@ -323,12 +325,15 @@ def learning_rate(step, steps, warmup_steps, lr):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def make_optimizer(network, weight_decay):
-    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms."""
+def make_optimizer(network, weight_decay, fused=True):
+    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms.
+
+    Not fused where a GradScaler skips steps: PyTorch's fused SGD then puts the overflowed gradient into its momentum.
+    """
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]  # fmt: skip
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=trained[0].device.type in ("cpu", "cuda"))
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused and trained[0].device.type in ("cpu", "cuda"))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -341,7 +346,7 @@ def main(args):
     args = replace(args, **{k: v for k, v in RECIPES[args.dataset].items() if getattr(args, k) in (None, "auto")})
     common.check_args(args)
     common.check(0 <= args.ema <= 1, f"--ema {args.ema} must be from 0 to 1")
-    device = common.pick_device(args.device)
+    device = common.pick_device(args.device, args.deterministic)
     precision = common.pick_precision(args.precision, device)
     run = common.Run("byol", args)
     images = common.load_images(args.dataset, args.data_dir, args.image_size, device)
@@ -359,11 +364,11 @@ def main(args):
     encoder, feature_dim = common.build_encoder(args.encoder, args.image_size, args.width)
     network = BYOL(encoder, feature_dim, args.hidden_dim, args.projection_dim, args.projection_layers)
     network.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(network, args.weight_decay)
+    optimizer = make_optimizer(network, args.weight_decay, fused=precision != "fp16")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     modules = dict(network=network, optimizer=optimizer, scaler=scaler)
 
-    first_step, stats = 0, None
+    first_step, stats, one = 0, None, torch.ones((), device=device)
     if run.checkpoint:
         run.restore(steps_per_epoch, **modules)
         first_step, stats = run.checkpoint["step"], run.checkpoint["stats"].to(device)
@@ -380,7 +385,7 @@ def main(args):
             start, first = time.perf_counter(), max(0, first_step - epoch * steps_per_epoch)
             order = common.epoch_order(len(images.train), args.seed, epoch).to(device)
             if first == 0:
-                stats = torch.zeros(steps_per_epoch, 2, device=device)  # loss and spread of every step
+                stats = torch.zeros(steps_per_epoch, 3, device=device)  # of every step: loss, spread, skipped
             for i in range(first, steps_per_epoch):
                 step = epoch * steps_per_epoch + i
                 lr = learning_rate(step, steps, warmup_steps, args.lr)
@@ -393,19 +398,20 @@ def main(args):
                     p1, p2, target1, target2, z1 = model(v1, v2)
                 loss = byol_loss(p1, target2) + byol_loss(p2, target1)
                 optimizer.zero_grad(set_to_none=True)
+                scale = scaler.scale(one)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 ema_update(network.target, network.online, ema_at(step, steps, args.ema, args.ema_schedule))
-                stats[i] = torch.stack([loss.detach(), common.spread(z1.detach())])
+                skipped = scaler.scale(one) < scale  # in fp16: gradients overflowed, so the scale was lowered
+                stats[i] = torch.stack([loss, common.spread(z1), skipped]).detach()
                 run.advance(i, stats, lr, epoch + 1, step)
                 if run.stopped:
                     break
             done, now = step + 1, epoch + 1
             if done == now * steps_per_epoch:
-                loss, spread = stats.mean(0).tolist()
                 seconds = time.perf_counter() - start
-                record = dict(epoch=now, step=done, loss=loss, lr=lr, seconds=seconds, spread=spread,
+                record = dict(epoch=now, step=done, **run.averages(stats), lr=lr, seconds=seconds,
                               samples_per_sec=(done - first - epoch * steps_per_epoch) * args.batch_size / seconds)  # fmt: skip
                 if args.eval_every and now % args.eval_every == 0:
                     record.update(run.knn(network.online.encoder, images))

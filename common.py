@@ -103,8 +103,14 @@ def count_steps(n, args):
     return n // args.batch_size
 
 
-def pick_device(name):
-    """'auto' takes CUDA, else Apple's MPS, else the CPU. UserError where the named one is not there."""
+def pick_device(name, deterministic=False):
+    """'auto' takes CUDA, else Apple's MPS, else the CPU. UserError where the named one is not there.
+
+    deterministic: from here on PyTorch's slower kernels that always sum in one order; it warns where it has none.
+    """
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, available in there.items() if available)
@@ -406,6 +412,7 @@ def build_encoder(name, image_size, width=64):
     """
     resnet = torchvision.models.resnet
     block, layers = {
+        "resnet10": (resnet.BasicBlock, [1, 1, 1, 1]),
         "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
         "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
         "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
@@ -419,6 +426,26 @@ def build_encoder(name, image_size, width=64):
         encoder.maxpool = nn.Identity()
     encoder.fc = nn.Identity()
     return encoder, 8 * width * block.expansion
+
+
+def load_encoder(path):
+    """The encoder in an encoder.pt, in eval mode, and the rest of that file as a dict: image_size, mean, std and so on.
+
+    `encoder(normalise(images, info["mean"], info["std"]))` gives features [N, info["feature_dim"]] of images of that
+    size. The file is read as untrusted: UserError where it is damaged or something else.
+    """
+    info = load_torch(path, "name the encoder.pt of a run")
+    try:
+        with torch.device("meta"):  # no memory for what a damaged file may claim
+            encoder, info["feature_dim"] = build_encoder(info["encoder"], info["image_size"], info["width"])
+        encoder.load_state_dict(info.pop("state_dict"), assign=True)
+        check({p.dtype for p in encoder.parameters()} == {torch.float32}, "its weights are not float32")
+        check(all(len(info[key]) == 3 and all(map(math.isfinite, info[key])) for key in ("mean", "std")),
+              "mean and std must be three numbers each")  # fmt: skip
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{str(path)!r} is no encoder of these scripts: {reason}") from None
+    return encoder.eval(), info
 
 
 def normalise(images, mean, std):
@@ -546,13 +573,14 @@ class Run:
     """A run folder: args.json, log.jsonl, checkpoint.pt, and progress, signals and Weights & Biases around them."""
 
     # A resumed run may differ from the first start in these; all else must agree.
-    MAY_CHANGE = {"run_dir", "resume", "device", "precision", "compile", "data_dir", "eval_every", "checkpoint_every",
+    MAY_CHANGE = {"run_dir", "resume", "device", "precision", "compile", "deterministic", "data_dir", "eval_every", "checkpoint_every",
                   "knn_k", "knn_temperature", "track", "wandb_project", "wandb_entity"}  # fmt: skip
 
     def __init__(self, method, args):
         """Find the folder and read the checkpoint in it; nothing is written before start(). UserError."""
         self.method, self.args, self.checkpoint, self.before = method, args, None, {}
         self.stopped, self.bar, self.lock = 0, None, None
+        self.read, self.skipped_in_a_row = 0, 0  # rows of the epoch's statistics that advance() has seen
         check(args.run_dir or not args.resume, "--resume needs --run-dir: the folder of the run to go on with")
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or Path("runs") / name)
@@ -575,7 +603,7 @@ class Run:
         path = self.dir / "checkpoint.pt"
         if not path.exists():
             return None
-        checkpoint = load_torch(path)
+        checkpoint = load_torch(path, "remove it to start anew")
         keys = {"method", "args", "step", "epochs_logged", "stats", "state", "wandb_id"}
         check(isinstance(checkpoint, dict) and keys <= set(checkpoint) and isinstance(checkpoint["args"], dict)
               and isinstance(checkpoint["step"], int) and isinstance(checkpoint["stats"], torch.Tensor),
@@ -693,22 +721,31 @@ class Run:
                 signal.signal(number, handler)
 
     def advance(self, i, stats, lr, epoch, step):
-        """After every step. `stats` [steps of the epoch, 2] holds loss and spread; row i is new.
+        """After every step. `stats` [steps of the epoch, 3] holds loss, spread, skipped; row i is new.
 
         It stays on the device and is read every 50 steps on a GPU, so that the loop does not wait for it.
         """
         self.bar.update()
         if self.device.type == "cpu" or i % 50 == 49 or i + 1 == len(stats) or self.stopped:
-            seen = stats[: i + 1, 0].cpu()
-            if not torch.isfinite(seen).all():
-                first = int((~torch.isfinite(seen)).nonzero()[0])
-                raise self._diverged(f"loss is {float(seen[first])} at epoch {epoch}, step {step - i + first} (lr {lr:.4g}, "
-                                     f"{self.precision})")  # fmt: skip
-            self.bar.set_postfix_str(f"loss {float(seen[-1]):.3f}", refresh=False)
+            for j, (loss, _, skipped) in enumerate(stats[self.read : i + 1].tolist(), self.read):
+                at = f"at epoch {epoch}, step {step - i + j} (lr {lr:.4g}, {self.precision})"
+                if not math.isfinite(loss):
+                    raise self._diverged(f"loss is {loss} {at}")
+                self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+                if self.skipped_in_a_row == 50:
+                    raise self._diverged(f"gradients overflowed in 50 steps in a row, the last {at}")
+            self.read = (i + 1) % len(stats)
+            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
     def _diverged(self, what):
         kept = "; the last checkpoint is whole" if (self.dir / "checkpoint.pt").exists() else ""
         return UserError(f"the {what}; a lower --lr may help{kept}", 1)
+
+    def averages(self, stats):
+        """An epoch's mean loss and spread and, in fp16, how many of its steps GradScaler skipped."""
+        loss, spread, skipped = stats.mean(0).tolist()
+        counted = {"skipped_steps": round(skipped * len(stats))} if self.precision == "fp16" else {}
+        return dict(loss=loss, spread=spread, **counted)
 
     def log(self, record):
         """Append one epoch's record to log.jsonl, print it, send it to Weights & Biases."""
@@ -823,17 +860,16 @@ def save_torch(path, content):
         file.write(buffer.getbuffer())
 
 
-def load_torch(path):
+def load_torch(path, remedy):
     """torch.load of an untrusted file: tensors and plain types only. UserError where it is damaged or something else."""
     try:
-        with warnings.catch_warnings():  # about a foreign file's pickle protocol: the error says enough
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch.load would also take older forms, and what unpacks to far more
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("its parts are compressed")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(
-            f"{str(path)!r} is no checkpoint that can be read ({reason}); remove it to start anew"
-        ) from None
+        raise UserError(f"{str(path)!r} can not be read ({reason}); {remedy}") from None
 
 
 class Tracker:
@@ -864,7 +900,8 @@ class Tracker:
 
     def log(self, record):
         if self.run:
-            self._try(lambda: self.run.log(record))
+            # W&B drops what comes again for an earlier step: the epochs that a killed run repeats after its checkpoint.
+            self._try(lambda: self.run.log(record, step=record.get("step"), commit=True))
 
     def log_image(self, key, path):
         if self.run:

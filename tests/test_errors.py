@@ -1,6 +1,7 @@
 """Whatever a user can get wrong: one line that names it, the right exit status, no traceback, nothing half-written."""
 
 import importlib
+import json
 import os
 import pickle
 import resource
@@ -324,6 +325,33 @@ def test_divergence_in_the_last_step(run_cli, tiny, method, tmp_path, monkeypatc
     assert result.status == 1 and "not finite" in result.err and len(result.err.splitlines()) == 1, result
     assert not (tmp_path / "run" / "embeddings.npz").exists() and not (tmp_path / "run" / "encoder.pt").exists()
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+def half(monkeypatch, scale):
+    """fp16 with GradScaler, which a user gets on a GPU only, here on the CPU; and the scale that it starts from."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(common, "pick_precision", lambda *args: "fp16")
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(*args, init_scale=scale, **kwargs))
+
+
+def test_skipped_steps_are_counted(run_cli, tiny, method, tmp_path, monkeypatch):
+    """Gradients that overflow in fp16 are no error: GradScaler halves its scale until they fit, and the log counts."""
+    half(monkeypatch, 2.0**30)
+    result = run_cli(method, *flags(**tiny(run_dir=tmp_path / "run", batch_size=8, epochs=3, checkpoint_every=3)))
+    assert result.status == 0 and not result.err, result
+    counts = [json.loads(line)["skipped_steps"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    scale = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["scaler"]["scale"]
+    assert counts[0] >= 5 > counts[-1] and scale == 2.0 ** (30 - sum(counts))
+
+
+def test_skipping_for_ever_is_an_error(run_cli, tiny, method, tmp_path, monkeypatch):
+    """50 skipped steps in a row, counted over epochs of 24 steps."""
+    half(monkeypatch, 2.0**126)
+    result = run_cli(method, *flags(**tiny(run_dir=tmp_path / "run", batch_size=4, epochs=4)))
+    assert result.status == 1 and len(result.err.splitlines()) == 1, result
+    for word in ("50 steps in a row", "epoch 3", "step 49", "fp16", "the last checkpoint is whole"):
+        assert word in result.err, result.err
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 48
 
 
 def test_features_that_are_not_finite(run_cli, tiny, tmp_path, monkeypatch):

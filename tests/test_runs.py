@@ -99,6 +99,18 @@ def test_encoder_file_rebuilds_the_features(method, finished, tiny):
             torch.testing.assert_close(mine, torch.from_numpy(file[name]), rtol=1e-3, atol=1e-4 * float(mine.max()))
 
 
+def test_load_encoder(method, finished, tiny):
+    """common.load_encoder gives the encoder and what is needed to feed it: the features are those of the run."""
+    folder = finished(method.__name__)
+    encoder, info = common.load_encoder(folder / "encoder.pt")
+    images = common.load_images("npz", tiny()["data_dir"])
+    assert not encoder.training and info["image_size"] == 8 and info["class_names"] == [str(i) for i in range(10)]
+    with torch.no_grad(), np.load(folder / "embeddings.npz") as file:
+        mine = encoder(common.normalise(images.test, info["mean"], info["std"]))
+        torch.testing.assert_close(mine, torch.from_numpy(file["test_features"]), rtol=1e-3, atol=1e-4)
+    assert mine.shape == (40, info["feature_dim"])
+
+
 def test_width_64_loads_into_torchvisions_network(tiny, tmp_path):
     """A whole run at torchvision's width: its encoder.pt goes into torchvision's resnet18, the 3x3 stem put in."""
     simclr = importlib.import_module("simclr")
@@ -154,6 +166,23 @@ def test_seeds(tiny, method, finished, tmp_path):
     again = train(method, tiny, tmp_path / "again", checkpoint_every=2, knn_k=3)
     other = train(method, tiny, tmp_path / "other", seed=2)
     assert features(again) == features(finished(method.__name__)) != features(other)
+
+
+def test_deterministic(tiny, method, finished, tmp_path):
+    """--deterministic asks PyTorch for it, and changes nothing on a CPU, which keeps the promise anyway."""
+    folder = train(method, tiny, tmp_path / "run", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert features(folder) == features(finished(method.__name__))
+    train(method, tiny, tmp_path / "other", epochs=0)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_deterministic_on_a_gpu(tiny, method, tmp_path, precision):
+    one, two = (train(method, tiny, tmp_path / name, device="cuda", precision=precision, deterministic=True,
+                      epochs=10) for name in "ab")  # fmt: skip
+    assert features(one) == features(two)
 
 
 def test_collapse_is_said(tiny, run_cli, tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ def test_what_is_logged(private, run_cli, tiny, method, finished, tmp_path):
         row = by_epoch[record["epoch"]]
         for key in ("loss", "lr", "samples_per_sec", "spread", "step"):
             assert row[key] == pytest.approx(record[key]), key
+        assert row["_step"] == record["step"]  # so that W&B drops an epoch that comes again after a kill
         assert row.get("knn_acc") == record.get("knn_acc")
     assert "knn_acc" in by_epoch[2] and "knn_acc" not in by_epoch[1]
     assert any("final_knn_acc" in row for row in history)
