@@ -89,10 +89,12 @@ class Args:
     """epochs between checkpoints"""
 
 
-PHOTO = dict(augment="photo", encoder="resnet18", width=64, lambd=0.0051, hidden_dim=2048, projection_dim=2048, projection_layers=3,
+PHOTO = dict(augment="photo", encoder="resnet18", width=64,
+             lambd=0.0051, hidden_dim=2048, projection_dim=2048, projection_layers=3,
              epochs=200, batch_size=512, lr=0.24, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
-SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32, lambd=0.03, hidden_dim=1024, projection_dim=64, projection_layers=2,
-              epochs=45, batch_size=64, lr=0.01, weight_decay=1e-4, warmup_epochs=5)  # fmt: skip
+SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32,
+              lambd=0.03, hidden_dim=1024, projection_dim=64, projection_layers=2,
+              epochs=60, batch_size=64, lr=0.01, weight_decay=1e-4, warmup_epochs=5)  # fmt: skip
 RECIPES = {
     "digits": SYMBOL, "mnist": SYMBOL, "fashion_mnist": PHOTO, "cifar10": PHOTO, "cifar100": PHOTO,
     "stl10": PHOTO, "folder": PHOTO, "npz": PHOTO,

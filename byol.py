@@ -92,10 +92,11 @@ class Args:
     """epochs between checkpoints"""
 
 
-PHOTO = dict(augment="photo", encoder="resnet18", width=64, ema=0.99, hidden_dim=1024, projection_dim=256, projection_layers=2,
+PHOTO = dict(augment="photo", encoder="resnet18", width=64,
+             ema=0.99, hidden_dim=1024, projection_dim=256, projection_layers=2,
              epochs=200, batch_size=512, lr=0.24, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
-SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32, ema=0.9, hidden_dim=2048,
-              epochs=45, batch_size=64, lr=0.1, weight_decay=5e-4, warmup_epochs=5)  # fmt: skip
+SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32, ema=0.9,
+              epochs=42, batch_size=64, lr=0.1, weight_decay=5e-4, warmup_epochs=5)  # fmt: skip
 RECIPES = {
     "digits": SYMBOL, "mnist": SYMBOL, "fashion_mnist": PHOTO, "cifar10": PHOTO, "cifar100": PHOTO,
     "stl10": PHOTO, "folder": PHOTO, "npz": PHOTO,

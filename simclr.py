@@ -89,19 +89,11 @@ class Args:
     """epochs between checkpoints"""
 
 
-PHOTO = dict(augment="photo", encoder="resnet18", width=64, temperature=0.5, hidden_dim=512, projection_dim=128, projection_layers=2,
+PHOTO = dict(augment="photo", encoder="resnet18", width=64,
+             temperature=0.5, hidden_dim=512, projection_dim=128, projection_layers=2,
              epochs=200, batch_size=512, lr=0.24, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
-SYMBOL = dict(
-    PHOTO,
-    augment="symbol",
-    encoder="resnet10",
-    width=32,
-    epochs=45,
-    batch_size=128,
-    lr=0.1,
-    weight_decay=1e-4,
-    warmup_epochs=5,
-)
+SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32,
+              epochs=75, batch_size=128, lr=0.1, weight_decay=1e-4, warmup_epochs=5)  # fmt: skip
 RECIPES = {
     "digits": SYMBOL, "mnist": SYMBOL, "fashion_mnist": PHOTO, "cifar10": PHOTO, "cifar100": PHOTO,
     "stl10": PHOTO, "folder": PHOTO, "npz": PHOTO,

@@ -1,7 +1,7 @@
-"""kNN accuracy of the three methods, of their untrained encoder and of raw pixels, by the real commands.
+"""kNN accuracy of the three methods, of the untrained encoder they start from and of raw pixels, by the real commands.
 
     python benchmarks/accuracy.py digits                                        # the default run, seeds 1, 2, 3
-    python benchmarks/accuracy.py fashion_mnist --data-dir data --methods simclr --seeds 1
+    python benchmarks/accuracy.py fashion_mnist --data-dir data --seeds 1
     python benchmarks/accuracy.py cifar10_jpeg --data-dir cifar10-jpeg --seeds 1  # a folder with train/ and test/
 
 Each run is `python <method>.py`, then `python knn_eval.py`; a JSON line a run is appended to --output.
@@ -22,11 +22,12 @@ from tyro.conf import Positional
 
 ROOT = Path(__file__).parent.parent
 # Short runs of a narrow network, that a CPU ends in minutes: enough to tell learning from not learning.
-SHORT = ["--width", "16", "--batch-size", "128", "--lr", "0.06", "--warmup-epochs", "0.5", "--eval-every", "0"]
+SHORT = ["--encoder", "resnet10", "--width", "16", "--hidden-dim", "512", "--projection-dim", "128", "--batch-size",
+         "128", "--lr", "0.06", "--warmup-epochs", "0.5", "--eval-every", "0"]  # fmt: skip
 SETS = {
     "digits": [],
-    "fashion_mnist": ["--dataset", "fashion_mnist", "--image-size", "16", "--epochs", "1", *SHORT],
-    "cifar10_jpeg": ["--dataset", "folder", "--epochs", "5", *SHORT],
+    "fashion_mnist": ["--dataset", "fashion_mnist", "--image-size", "16", "--epochs", "5", *SHORT],
+    "cifar10_jpeg": ["--dataset", "folder", "--epochs", "8", *SHORT],
 }
 PER_CLASS = 1000  # training images of a class of cifar10_jpeg, the first by name, and a fifth as many test images
 
@@ -53,17 +54,15 @@ def run(script, *flags):
     subprocess.run([sys.executable, str(ROOT / script), *flags], check=True, stdout=subprocess.DEVNULL)
 
 
-def record(args, method, seed, knn, command, versions):
+def record(args, name, seed, knn, command, versions):
     """Append what a knn.json holds, as one line."""
-    line = dict(data=args.data, method=method, seed=seed, command=command, n_train=knn["n_train"], n_test=knn["n_test"],
+    line = dict(data=args.data, name=name, seed=seed, command=command, n_train=knn["n_train"], n_test=knn["n_test"],
                 accuracy={row["k"]: round(row["accuracy"], 6) for row in knn["sweep"]}, chosen_k=knn["chosen_k"],
                 chosen_k_accuracy=round(knn["test_accuracy"], 6), versions=versions)  # fmt: skip
     with open(args.output, "a") as file:
         file.write(json.dumps(line) + "\n")
     shown = [accuracy for k, accuracy in line["accuracy"].items() if k <= 100]
-    print(
-        f"{args.data} {method} seed {seed}: mean over k up to 100 = {100 * sum(shown) / len(shown):.2f} %", flush=True
-    )
+    print(f"{args.data} {name} seed {seed}: mean over k up to 100 = {100 * sum(shown) / len(shown):.2f} %", flush=True)
 
 
 def link_part(source, folder):
@@ -76,24 +75,24 @@ def link_part(source, folder):
 
 
 def main(args):
-    """Every method and seed, trained and untrained, and the raw pixels once."""
+    """Raw pixels once, and for every seed the untrained encoder, which the methods have in common, and each method."""
     settings = [*SETS[args.data], *shlex.split(args.extra)]
     links = tempfile.TemporaryDirectory()
     if args.data == "cifar10_jpeg":
         link_part(args.data_dir, links.name)
         args.data_dir = links.name
     place = [] if args.data == "digits" else ["--data-dir", args.data_dir]
-    for n, (seed, method, untrained) in enumerate(itertools.product(args.seeds, args.methods, (False, True))):
-        flags = [*settings, *["--epochs", "0"] * untrained, "--seed", str(seed)]
+    for n, (seed, name) in enumerate(itertools.product(args.seeds, ("untrained", *args.methods))):
+        script = f"{args.methods[0] if name == 'untrained' else name}.py"
+        flags = [*settings, *["--epochs", "0"] * (name == "untrained"), "--seed", str(seed)]
         with tempfile.TemporaryDirectory() as folder:
-            run(f"{method}.py", *flags, *place, "--run-dir", folder + "/run")
+            run(script, *flags, *place, "--run-dir", folder + "/run")
             run("knn_eval.py", folder + "/run", "--output", folder + "/knn", *["--pixels"] * (n == 0))
             knn = {path.name: json.loads(path.read_text()) for path in Path(folder, "knn").glob("*.json")}
             versions = json.loads(Path(folder, "run", "args.json").read_text())["versions"]
-        if "pixels-knn.json" in knn:
+        if n == 0:
             record(args, "pixels", None, knn["pixels-knn.json"], None, versions)
-        command = shlex.join(["python", f"{method}.py", *flags])
-        record(args, f"{method}, untrained" if untrained else method, seed, knn["knn.json"], command, versions)
+        record(args, name, seed, knn["knn.json"], shlex.join(["python", script, *flags]), versions)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Write the tables of README.md from the recorded files in benchmarks/results/.
+"""Write the tables and pictures of README.md from the recorded files in benchmarks/results/.
 
-python benchmarks/tables.py            # rewrites the tables between their marks
-python benchmarks/tables.py --check    # exit status 1 where README.md says something else than the files
+python benchmarks/tables.py            # rewrites the tables between their marks, and the pictures
+python benchmarks/tables.py --check    # exit status 1 where they show something else than the files
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -12,14 +13,29 @@ from pathlib import Path
 from statistics import mean
 
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
+COLUMNS = {
+    "pixels": "pixels",
+    "untrained": "untrained",
+    "simclr": "SimCLR",
+    "byol": "BYOL",
+    "barlow_twins": "Barlow Twins",
+}
+PICTURES = {
+    "digits": "Digits, the default runs, three seeds",
+    "fashion_mnist": "Fashion-MNIST, short runs",
+    "cifar10_jpeg": "CIFAR-10 (JPEG), short runs",
+}
 
 
 @dataclass
 class Args:
-    """README.md's tables."""
+    """README.md's tables and pictures."""
 
     check: bool = False
     """only compare"""
@@ -32,52 +48,48 @@ def rows(header, lines):
 
 
 def accuracies(data):
-    """{column: list of {k: accuracy}} over the seeds recorded for one data set."""
+    """{column: list of {k: accuracy in %}} over the seeds recorded for one data set."""
     found = {}
     for line in (RESULTS / "accuracy-cpu.jsonl").read_text().splitlines():
         line = json.loads(line)
         if line["data"] == data:
-            found.setdefault(line["method"], []).append({int(k): v for k, v in line["accuracy"].items()})
-    return found
+            found.setdefault(line["name"], []).append({int(k): 100 * v for k, v in line["accuracy"].items()})
+    return {name: found[name] for name in COLUMNS if name in found}
 
 
-def up_to_100(accuracy):
-    return 100 * mean(value for k, value in accuracy.items() if k <= 100)
-
-
-def digits():
+def sweep(data):
     """Accuracy over k, mean over the seeds; the last lines hold the mean over the k up to 100, overall and by seed."""
-    found = accuracies("digits")
-    columns = [
-        "pixels",
-        "simclr, untrained",
-        "simclr",
-        "byol, untrained",
-        "byol",
-        "barlow_twins, untrained",
-        "barlow_twins",
-    ]
-    columns = [column for column in columns if column in found]
-    lines = [[k, *(f"{100 * mean(run[k] for run in found[c]):.2f}" for c in columns)] for k in found[columns[0]][0]]
-    means = {c: [up_to_100(run) for run in found[c]] for c in columns}
-    lines.append(["**mean to 100**", *(f"**{mean(means[c]):.2f}**" for c in columns)])
-    lines.append(["by seed", *(", ".join(f"{m:.2f}" for m in means[c]) for c in columns)])
-    return rows(["k", *columns], lines)
+    found = accuracies(data)
+    lines = [[k, *(f"{mean(run[k] for run in runs):.1f}" for runs in found.values())] for k in found["pixels"][0]]
+    means = [[mean(v for k, v in run.items() if k <= 100) for run in runs] for runs in found.values()]
+    lines.append(["**mean to 100**", *(f"**{mean(m):.2f}**" for m in means)])
+    if any(len(m) > 1 for m in means):
+        lines.append(["by seed", *(", ".join(f"{value:.2f}" for value in m) for m in means)])
+    return rows(["k", *map(COLUMNS.get, found)], lines)
 
 
-def real():
-    """One line a data set: the mean over the k up to 100 of every column, in %."""
-    titles = {"fashion_mnist": "Fashion-MNIST", "cifar10_jpeg": "CIFAR-10 (JPEG q75)"}
-    lines = []
-    for data, title in titles.items():
-        found = accuracies(data)
-        cells = [f"{mean(map(up_to_100, found[c])):.1f}" if c in found else "" for c in ("pixels",)]
-        for method in ("simclr", "byol", "barlow_twins"):
-            both = [found.get(f"{method}, untrained"), found.get(method)]
-            cells.append(" → ".join(f"{mean(map(up_to_100, runs)):.1f}" if runs else "" for runs in both))
-        lines.append([title, *cells])
-    header = ["mean over k to 100, %", "pixels", "SimCLR, untrained → trained", "BYOL", "Barlow Twins"]
-    return rows(header, lines)
+def draw(data, title, path):
+    """A PNG of the same: a curve each, from the lowest to the highest seed; it carries a digest of what it shows."""
+    found = accuracies(data)
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, runs in found.items():
+        style = dict(pixels=dict(color="0.4", ls="--"), untrained=dict(color="0.4", ls=":")).get(name, {})
+        ks = list(runs[0])
+        (line,) = axes.plot(ks, [mean(r[k] for r in runs) for k in ks], marker=".", label=COLUMNS[name], **style)
+        ends = [[choose(run[k] for run in runs) for k in ks] for choose in (min, max)]
+        axes.fill_between(ks, *ends, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xscale="log", xlabel="k", ylabel="accuracy on the test set in %", title=title, xticks=ks, xticklabels=ks)
+    axes.tick_params(which="minor", length=0)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Source": digest(data)})
+
+
+def digest(data):
+    """Of the recorded accuracies that a picture shows."""
+    return hashlib.sha256(json.dumps(accuracies(data)).encode()).hexdigest()
 
 
 def ops():
@@ -98,12 +110,21 @@ def ops():
 
 
 def main(args):
+    """Write, or compare."""
     readme = old = (ROOT / "README.md").read_text()
-    for name, table in dict(digits=digits, real=real, ops=ops).items():
+    tables = {"ops": ops(), **{data: sweep(data) for data in PICTURES}}
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        readme = re.sub(pattern, lambda found, text=table(): f"{found[1]}{text}\n{found[2]}", readme, flags=re.DOTALL)
-    if args.check and readme != old:
-        sys.exit("README.md differs from benchmarks/results/; run python benchmarks/tables.py")
+        readme = re.sub(pattern, lambda found, text=table: f"{found[1]}{text}\n{found[2]}", readme, flags=re.DOTALL)
+    stale = ["README.md"] if readme != old else []
+    for data, title in PICTURES.items():
+        path = ROOT / f"benchmarks/pictures/{data}.png"
+        if not path.exists() or Image.open(path).text.get("Source") != digest(data):
+            stale.append(str(path.relative_to(ROOT)))
+            if not args.check:
+                draw(data, title, path)
+    if args.check and stale:
+        sys.exit(f"{', '.join(stale)} differ from benchmarks/results/; run python benchmarks/tables.py")
     if not args.check:
         (ROOT / "README.md").write_text(readme)
 

@@ -65,3 +65,11 @@ def test_the_lines_for_copying_one_file_run(tmp_path):
 def test_files_it_points_at_are_there():
     for target in re.findall(r"\]\(([^)h#][^)]*)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_every_test_that_is_named_exists():
+    promises = README.split("## What is promised")[1].split("\n## ")[0]
+    named = re.findall(r"`(test_\w+)`", promises)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 10 and all(f"def {name}(" in tests for name in named)
+    assert all((ROOT / path).exists() for path in re.findall(r"`(\w+/\w+\.py)`", promises))
