@@ -284,19 +284,23 @@ class BarlowTwins(nn.Module):
         return self.projector(self.encoder(v1)), self.projector(self.encoder(v2))
 
 
-def barlow_twins_loss(z1, z2, lambd=0.0051):
+def barlow_twins_loss(z1, z2, lambd=0.0051, part=(0, 1)):
     """Equation 1 of the paper. z1, z2 [N, D]: embeddings of the two views, any float dtype, not normalised; N >= 2.
 
     c [D, D] is the cross-correlation of the batch-normalised embeddings (no affine, biased variance, eps 1e-5); the sum
     of (1 - c_ii)^2 plus lambd times the sum of c_ij^2, i != j, in float32 (float64 stays).
+    Several processes: z1 and z2 are those of all, and part = (this process, how many). It computes its rows of c alone, and
+    the mean of the processes' losses is the loss of the whole batch.
     """
+    first, parts = part
     with torch.autocast(z1.device.type, enabled=False):
         dtype = torch.promote_types(z1.dtype, torch.float32)
         z1, z2 = (F.batch_norm(z.to(dtype), None, None, training=True) for z in (z1, z2))
-        c = z1.T @ z2 / len(z1)
-        on_diag = (1 - c.diagonal()).square().sum()
-        off_diag = c.masked_fill(torch.eye(len(c), dtype=torch.bool, device=c.device), 0).square().sum()
-        return on_diag + lambd * off_diag
+        c = z1[:, first::parts].T @ z2 / len(z1)
+        on_diag = (1 - c[:, first::parts].diagonal()).square().sum()
+        diagonal = torch.eye(z2.shape[1], dtype=torch.bool, device=c.device)[first::parts]
+        off_diag = c.masked_fill(diagonal, 0).square().sum()
+        return parts * (on_diag + lambd * off_diag)
 
 
 def learning_rate(step, steps, warmup_steps, lr):
@@ -328,6 +332,7 @@ def main(args):
     common.check_args(args)
     common.check(0 <= args.lambd < math.inf, f"--lambd {args.lambd} must be at least 0 and finite")
     device = common.pick_device(args.device, args.deterministic)
+    common.join_processes(device)
     precision = common.pick_precision(args.precision, device)
     run = common.Run("barlow_twins", args)
     images = common.load_images(args.dataset, args.data_dir, args.image_size, device)
@@ -357,14 +362,15 @@ def main(args):
     common.seed_step(args.seed, 0, stream=2)
     pictured = images.train[:8].cpu()
     common.draw_views(run.dir / "views.png", pictured, [v for _ in range(3) for v in two_views(pictured, views)])
-    model = torch.compile(network) if args.compile else network
+    model = common.distribute(network, device)
+    model = torch.compile(model) if args.compile else model
     autocast = torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision),
                               enabled=precision != "fp32")  # fmt: skip
 
     with run.training(first_step, steps):
         for epoch in range(first_step // max(1, steps_per_epoch), args.epochs):
             start, first = time.perf_counter(), max(0, first_step - epoch * steps_per_epoch)
-            order = common.epoch_order(len(images.train), args.seed, epoch).to(device)
+            order = common.epoch_order(len(images.train), args.batch_size, args.seed, epoch).to(device)
             if first == 0:
                 stats = torch.zeros(steps_per_epoch, 3, device=device)  # of every step: loss, spread, skipped
             for i in range(first, steps_per_epoch):
@@ -373,11 +379,11 @@ def main(args):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 common.seed_step(args.seed, step)
-                batch = images.train[order[i * args.batch_size : (i + 1) * args.batch_size]]
-                v1, v2 = two_views(batch, views, args.image_size, mean, std)
+                v1, v2 = two_views(images.train[order[i]], views, args.image_size, mean, std)
                 with autocast:
                     z1, z2 = model(v1, v2)
-                loss = barlow_twins_loss(z1, z2, args.lambd)
+                all_z1, all_z2, _ = common.gather(z1, z2)
+                loss = barlow_twins_loss(all_z1, all_z2, args.lambd, (common.RANK, common.WORLD_SIZE))
                 optimizer.zero_grad(set_to_none=True)
                 scale = scaler.scale(one)
                 scaler.scale(loss).backward()

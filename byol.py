@@ -348,6 +348,7 @@ def main(args):
     common.check_args(args)
     common.check(0 <= args.ema <= 1, f"--ema {args.ema} must be from 0 to 1")
     device = common.pick_device(args.device, args.deterministic)
+    common.join_processes(device)
     precision = common.pick_precision(args.precision, device)
     run = common.Run("byol", args)
     images = common.load_images(args.dataset, args.data_dir, args.image_size, device)
@@ -377,14 +378,15 @@ def main(args):
     common.seed_step(args.seed, 0, stream=2)
     pictured = images.train[:8].cpu()
     common.draw_views(run.dir / "views.png", pictured, [v for _ in range(3) for v in two_views(pictured, views)])
-    model = torch.compile(network) if args.compile else network
+    model = common.distribute(network, device)
+    model = torch.compile(model) if args.compile else model
     autocast = torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision),
                               enabled=precision != "fp32")  # fmt: skip
 
     with run.training(first_step, steps):
         for epoch in range(first_step // max(1, steps_per_epoch), args.epochs):
             start, first = time.perf_counter(), max(0, first_step - epoch * steps_per_epoch)
-            order = common.epoch_order(len(images.train), args.seed, epoch).to(device)
+            order = common.epoch_order(len(images.train), args.batch_size, args.seed, epoch).to(device)
             if first == 0:
                 stats = torch.zeros(steps_per_epoch, 3, device=device)  # of every step: loss, spread, skipped
             for i in range(first, steps_per_epoch):
@@ -393,8 +395,7 @@ def main(args):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 common.seed_step(args.seed, step)
-                batch = images.train[order[i * args.batch_size : (i + 1) * args.batch_size]]
-                v1, v2 = two_views(batch, views, args.image_size, mean, std)
+                v1, v2 = two_views(images.train[order[i]], views, args.image_size, mean, std)
                 with autocast:
                     p1, p2, target1, target2, z1 = model(v1, v2)
                 loss = byol_loss(p1, target2) + byol_loss(p2, target1)

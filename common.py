@@ -25,11 +25,16 @@ from typing import List, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
+
+# What torchrun says: which of how many processes this is, on all machines and on this one.
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(key, alone)) for key, alone in
+                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
 
 # ------------------------------------------------------------------------------------------ errors, command line
 
@@ -59,15 +64,28 @@ def cli(args_class, main):
     try:
         main(tyro.cli(args_class, args=argv))
     except UserError as error:
+        _let_the_first_speak()
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.status)
     except OSError as error:  # a path too long, a file that may not be read: what is named in it is all there is to say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if WORLD_SIZE == 1 or not ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            raise
+        _let_the_first_speak()
+        print(f"error: process {RANK} lost another one; go on with --resume", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _let_the_first_speak():
+    """Where all processes meet the same error the first one says it, and torchrun ends the others meanwhile."""
+    if RANK:
+        time.sleep(5)
 
 
 def check_args(args):
@@ -90,7 +108,8 @@ def check_args(args):
             continue
         check(low <= value <= high and math.isfinite(value), f"--{key.replace('_', '-')} {value} must be at least {low}"
               + (f" and at most {high}" if key in at_most else " and finite" if isinstance(value, float) else ""))  # fmt: skip
-    check(int(os.environ.get("WORLD_SIZE", 1)) == 1, "torchrun with several processes is not supported yet; use one")
+    check(args.batch_size % WORLD_SIZE == 0 and args.batch_size >= 2 * WORLD_SIZE, f"--batch-size {args.batch_size} is "
+          f"of all {WORLD_SIZE} processes; it must be a multiple of {WORLD_SIZE}, two images each or more")  # fmt: skip
     check(args.lr > 0, "--lr 0 trains nothing; use --epochs 0 for the untrained encoder")
     check(args.knn_temperature is None or 0 < args.knn_temperature < math.inf,
           f"--knn-temperature {args.knn_temperature} must be above 0 and finite")  # fmt: skip
@@ -115,6 +134,10 @@ def pick_device(name, deterministic=False):
     if name == "auto":
         name = next(device for device, available in there.items() if available)
     check(there[name], f"--device {name}: no such device here; use --device auto or cpu")
+    if name == "cuda" and WORLD_SIZE > 1:
+        check(LOCAL_RANK < torch.cuda.device_count(), f"{torch.cuda.device_count()} GPUs for more processes; "
+              "set torchrun's --nproc-per-node to the number of GPUs")  # fmt: skip
+        return torch.device("cuda", LOCAL_RANK)
     return torch.device(name)
 
 
@@ -127,18 +150,78 @@ def pick_precision(name, device):
     return name
 
 
-def seed_step(seed, step, stream=0):
+def seed_step(seed, step, stream=None):
     """Make every later draw a pure function of (seed, step, stream), so that a resumed run repeats nothing.
 
-    `stream` tells apart what is drawn at the same step (the processes of one run, the pictures).
+    `stream` tells apart what is drawn at the same step: 1 the weights, 2 the pictures, else the views of each process.
     """
+    if stream is None:
+        stream = RANK and RANK + 2
     torch.manual_seed(int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1))
 
 
-def epoch_order(n, seed, epoch):
-    """The permutation of range(n) for one epoch, int64 [n] on the CPU: the same on every process and after a resume."""
+def epoch_order(n, batch_size, seed, epoch):
+    """This process's images of each batch of one epoch, int64 [n // batch_size, batch_size / processes] on the CPU.
+
+    One permutation of range(n) for all processes, a function of the seed and the epoch; what is left over is dropped.
+    """
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-    return torch.randperm(n, generator=generator)
+    order = torch.randperm(n, generator=generator)[: n // batch_size * batch_size]
+    return order.view(-1, WORLD_SIZE, batch_size // WORLD_SIZE)[:, RANK]
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+def join_processes(device):
+    """Join the other processes that torchrun started: over NCCL on GPUs, over gloo elsewhere."""
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def distribute(network, device):
+    """The network behind DistributedDataParallel, which averages the gradients of all processes; alone, itself.
+
+    On GPUs its BatchNorms see the global batch (SyncBatchNorm, in place); on CPUs each process's own part.
+    """
+    if WORLD_SIZE == 1:
+        return network
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+
+
+class _Gather(torch.autograd.Function):
+    """[...] of every process -> [processes, ...] on each; its gradient is summed over what all made of it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out = x.new_empty(WORLD_SIZE, *x.shape)
+        dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[RANK]
+
+
+def gather(z1, z2):
+    """z1 and z2 [N, D] of all processes in their order [M, D], and the row of this process's first; with gradient."""
+    if WORLD_SIZE == 1:
+        return z1, z2, 0
+    return *_Gather.apply(torch.stack([z1, z2])).transpose(0, 1).flatten(1, 2), RANK * len(z1)
+
+
+def of_the_first(value):
+    """What process 0 has, on every process."""
+    box = [value]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -238,7 +321,11 @@ def _torchvision(dataset, data_dir):
     if dataset != "stl10":
         parts = dict(train=True), dict(train=False)
     try:
+        if LOCAL_RANK:
+            dist.barrier()  # the first process of each machine downloads, the others wait
         train, test = (data_class(data_dir, download=True, **part) for part in parts)
+        if WORLD_SIZE > 1 and not LOCAL_RANK:
+            dist.barrier()
     except Exception as error:  # no network, a full disk, a damaged archive: many types, one remedy
         reason = " ".join(str(error).split()) or type(error).__name__
         place = Path(data_dir) / (f"{name[dataset]}/raw" if "mnist" in dataset else "")
@@ -321,13 +408,13 @@ def _list_folder(root):
         images = [p for p in files if p.suffix.lower() in IMAGE_ENDINGS]
         ignored += len(files) - len(images)
         found.append([p.relative_to(part) for p in images])
-    if ignored:
+    if ignored and RANK == 0:
         print(f"ignored {ignored} files whose names do not end like an image's")
     train, test = found
     check(train, f"--data-dir {str(root)!r}: no images found in {str(train_root)!r}")
     loose = [p for p in train if len(p.parts) == 1]
     has_classes = train_root != root and not loose
-    if train_root != root and 0 < len(loose) < len(train):
+    if train_root != root and 0 < len(loose) < len(train) and RANK == 0:
         print(f"no labels: {str(train_root / loose[0])!r} is in no class's folder")
     class_names = sorted({p.parts[0] for p in train}) if has_classes else []
     check(len(class_names) != 1, f"--data-dir {str(root)!r}: one class only, {class_names[:1]}; "
@@ -499,6 +586,8 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
 
 def draw_views(path, images, views):
     """A PNG grid: each row one of `images` [N, 3, H, W] and its random views, a list of [N, 3, H, W] in [0, 1]."""
+    if RANK:
+        return
     columns = [images.float() / 255 if images.dtype == torch.uint8 else images, *views]
     rows = torch.stack([c.float().cpu().clamp(0, 1) for c in columns], 1).flatten(0, 1)
     rows = F.interpolate(rows, scale_factor=max(1, 64 // rows.shape[2]), mode="nearest")
@@ -566,7 +655,7 @@ def _write_error(path, error):
 
 
 def _interactive():
-    return sys.stderr.isatty() or "ipykernel" in type(sys.stdout).__module__
+    return RANK == 0 and sys.stderr.isatty() or "ipykernel" in type(sys.stdout).__module__
 
 
 class Run:
@@ -577,22 +666,26 @@ class Run:
                   "knn_k", "knn_temperature", "track", "wandb_project", "wandb_entity"}  # fmt: skip
 
     def __init__(self, method, args):
-        """Find the folder and read the checkpoint in it; nothing is written before start(). UserError."""
+        """Find the folder and read the checkpoint in it; nothing is written before start(). UserError.
+
+        Of several processes the first alone reads and writes the folder; the others get from it what they need.
+        """
         self.method, self.args, self.checkpoint, self.before = method, args, None, {}
-        self.stopped, self.bar, self.lock = 0, None, None
+        self.asked, self.stopped, self.bar, self.lock = 0, 0, None, None
         self.read, self.skipped_in_a_row = 0, 0  # rows of the epoch's statistics that advance() has seen
         check(args.run_dir or not args.resume, "--resume needs --run-dir: the folder of the run to go on with")
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or Path("runs") / name)
         while not args.run_dir and self.dir.exists():  # two runs started in the same second
             self.dir = self.dir.with_name(self.dir.name + "x")
-        if args.resume:
+        if RANK == 0 and args.resume:
             self.checkpoint = self._read_checkpoint()
             self.before = self.checkpoint or self._read_config()
             if self.before:
                 self._compare()
-        else:
+        elif RANK == 0:
             self._check_empty()
+        self.dir, self.checkpoint = of_the_first((self.dir, self.checkpoint))
 
     def _check_empty(self):
         held = [f for f in ("args.json", "checkpoint.pt", "log.jsonl", "embeddings.npz") if (self.dir / f).exists()]
@@ -637,6 +730,9 @@ class Run:
 
     def start(self, device, precision, **extra):
         """Create or take over the folder, write args.json, drop log lines that the checkpoint does not cover."""
+        self.device, self.precision = device, precision
+        if RANK:
+            return
         if self.before:
             self._compare()
         try:
@@ -654,7 +750,6 @@ class Run:
                 file.write("".join(lines[: self.epochs_logged]).encode())
         except OSError as error:
             raise UserError(f"--run-dir {str(self.dir)!r} can not be written: {error.strerror or error}") from None
-        self.device, self.precision = device, precision
         self.wandb_id = self.before.get("wandb_id") or os.urandom(4).hex()
         config = {
             "method": self.method,
@@ -662,6 +757,7 @@ class Run:
             **extra,
             "precision": precision,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+            "processes": WORLD_SIZE,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": np.__version__},
             "command": shlex.join(sys.argv),
@@ -701,9 +797,11 @@ class Run:
         """Around the loop: a progress bar in a terminal, and the first Ctrl-C or SIGTERM sets `stopped`."""
 
         def stop(number, frame):
-            if self.stopped:
+            if self.asked:
                 raise KeyboardInterrupt  # the second one ends at once
-            self.stopped = number
+            self.asked = number
+            if WORLD_SIZE == 1:
+                self.stopped = number
             print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
         main_thread = threading.current_thread() is threading.main_thread()
@@ -723,10 +821,17 @@ class Run:
     def advance(self, i, stats, lr, epoch, step):
         """After every step. `stats` [steps of the epoch, 3] holds loss, spread, skipped; row i is new.
 
-        It stays on the device and is read every 50 steps on a GPU, so that the loop does not wait for it.
+        It stays on the device and is read every 50 steps on a GPU, so that the loop does not wait for it. Then all
+        processes put their statistics together, and stop at the same step where one of them was asked to.
         """
         self.bar.update()
         if self.device.type == "cpu" or i % 50 == 49 or i + 1 == len(stats) or self.stopped:
+            if WORLD_SIZE > 1:
+                new, asked = stats[self.read : i + 1], torch.tensor(self.asked, device=self.device)
+                dist.all_reduce(new)
+                dist.all_reduce(asked, dist.ReduceOp.MAX)
+                new /= WORLD_SIZE
+                self.stopped = int(asked)
             for j, (loss, _, skipped) in enumerate(stats[self.read : i + 1].tolist(), self.read):
                 at = f"at epoch {epoch}, step {step - i + j} (lr {lr:.4g}, {self.precision})"
                 if not math.isfinite(loss):
@@ -749,6 +854,8 @@ class Run:
 
     def log(self, record):
         """Append one epoch's record to log.jsonl, print it, send it to Weights & Biases."""
+        if RANK:
+            return
         record = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
         try:
             with open(self.dir / "log.jsonl", "a") as file:
@@ -769,6 +876,8 @@ class Run:
 
     def save_checkpoint(self, step, stats, **modules):
         """Write checkpoint.pt: everything that resuming needs. Modules are whatever has a state_dict()."""
+        if RANK:
+            return
         state = {name: module.state_dict() for name, module in modules.items()}
         if not all(torch.isfinite(value).all() for value in state["network"].values()):  # the loss tells a step later
             raise self._diverged(f"weights are not finite after step {step - 1} ({self.precision})")
@@ -793,6 +902,8 @@ class Run:
 
     def stop(self):
         """End a run that was asked to: 130 after Ctrl-C, 143 after SIGTERM. The checkpoint is written."""
+        if RANK:
+            sys.exit(128 + self.stopped)
         self.tracker.finish()
         print(f"stopped; go on with: python {shlex.join(sys.argv)}" + ("" if self.args.resume else " --resume")
               + ("" if self.args.run_dir else f" --run-dir {shlex.quote(str(self.dir))}"), file=sys.stderr)  # fmt: skip
@@ -801,7 +912,7 @@ class Run:
     def knn(self, encoder, images):
         """The kNN monitor on the test split: {"knn_acc": accuracy in [0, 1]}, empty without labels to judge by."""
         labelled, judged = images.train_labels >= 0, images.test_labels >= 0
-        if not labelled.any() or not judged.any():
+        if RANK or not labelled.any() or not judged.any():
             return {}
         parts = [(images.train, images.train_labels, labelled), (images.test, images.test_labels, judged)]
         args = []
@@ -812,6 +923,10 @@ class Run:
 
     def finish(self, encoder, images, feature_dim):
         """Write encoder.pt and embeddings.npz, say the kNN accuracy and what to run next."""
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()  # what is left to do is the first one's alone
+        if RANK:
+            return
         args, path = self.args, self.dir / "embeddings.npz"
         meta = dict(method=self.method, dataset=args.dataset, data_dir=args.data_dir, image_size=args.image_size,
                     encoder=args.encoder, width=args.width, epochs=args.epochs, seed=args.seed)  # fmt: skip

@@ -279,16 +279,21 @@ class SimCLR(nn.Module):
         return self.projector(self.encoder(torch.cat([v1, v2]))).chunk(2)
 
 
-def info_nce(z1, z2, temperature=0.5):
+def info_nce(z1, z2, temperature=0.5, everyone=None):
     """NT-Xent, equation 1 of the paper. z1, z2 [N, D]: embeddings of the two views, any float dtype, not normalised.
 
     Each of the 2N views picks its partner among the other 2N - 1; the mean cross-entropy in float32 (float64 stays).
+    Several processes: everyone = (z1, z2 of all [M, D], the row in them of this process's first). Its 2N views then pick
+    among all 2M - 1, and the mean of the processes' losses is the loss of the whole batch.
     """
+    all_z1, all_z2, first = everyone or (z1, z2, 0)
     with torch.autocast(z1.device.type, enabled=False):
-        z = F.normalize(torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32)), dim=1)
-        logits = z @ z.T / temperature
-        logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
-        partner = torch.arange(len(z), device=z.device).roll(len(z1))
+        dtype = torch.promote_types(z1.dtype, torch.float32)
+        z = F.normalize(torch.cat([z1, z2]).to(dtype), dim=1)
+        all_z = z if all_z1 is z1 else F.normalize(torch.cat([all_z1, all_z2]).to(dtype), dim=1)
+        own = torch.arange(first, first + len(z1), device=z.device)
+        own, partner = torch.cat([own, own + len(all_z1)]), torch.cat([own + len(all_z1), own])
+        logits = (z @ all_z.T / temperature).scatter(1, own[:, None], -math.inf)
         return F.cross_entropy(logits, partner)
 
 
@@ -321,6 +326,7 @@ def main(args):
     common.check_args(args)
     common.check(0 < args.temperature < math.inf, f"--temperature {args.temperature} must be above 0 and finite")
     device = common.pick_device(args.device, args.deterministic)
+    common.join_processes(device)
     precision = common.pick_precision(args.precision, device)
     run = common.Run("simclr", args)
     images = common.load_images(args.dataset, args.data_dir, args.image_size, device)
@@ -350,14 +356,15 @@ def main(args):
     common.seed_step(args.seed, 0, stream=2)
     pictured = images.train[:8].cpu()
     common.draw_views(run.dir / "views.png", pictured, [v for _ in range(3) for v in two_views(pictured, views)])
-    model = torch.compile(network) if args.compile else network
+    model = common.distribute(network, device)
+    model = torch.compile(model) if args.compile else model
     autocast = torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision),
                               enabled=precision != "fp32")  # fmt: skip
 
     with run.training(first_step, steps):
         for epoch in range(first_step // max(1, steps_per_epoch), args.epochs):
             start, first = time.perf_counter(), max(0, first_step - epoch * steps_per_epoch)
-            order = common.epoch_order(len(images.train), args.seed, epoch).to(device)
+            order = common.epoch_order(len(images.train), args.batch_size, args.seed, epoch).to(device)
             if first == 0:
                 stats = torch.zeros(steps_per_epoch, 3, device=device)  # of every step: loss, spread, skipped
             for i in range(first, steps_per_epoch):
@@ -366,11 +373,10 @@ def main(args):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 common.seed_step(args.seed, step)
-                batch = images.train[order[i * args.batch_size : (i + 1) * args.batch_size]]
-                v1, v2 = two_views(batch, views, args.image_size, mean, std)
+                v1, v2 = two_views(images.train[order[i]], views, args.image_size, mean, std)
                 with autocast:
                     z1, z2 = model(v1, v2)
-                loss = info_nce(z1, z2, args.temperature)
+                loss = info_nce(z1, z2, args.temperature, common.gather(z1, z2))
                 optimizer.zero_grad(set_to_none=True)
                 scale = scaler.scale(one)
                 scaler.scale(loss).backward()

@@ -200,3 +200,25 @@ def test_ema_update_is_in_place_and_exact():
     frozen = [p.detach().clone() for p in target.parameters()]
     ema_update(target, torch.nn.Linear(5, 3), 1.0)
     assert all(torch.equal(p, f) for p, f in zip(target.parameters(), frozen))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_parts_of_several_processes_make_the_whole(parts):
+    """The mean of what the processes compute is the loss of the whole batch, and so is its gradient."""
+
+    def info_nce_parts(z1, z2):
+        n = N // parts
+        return [info_nce(z1[i : i + n], z2[i : i + n], 0.5, (z1, z2, i)) for i in range(0, N, n)]
+
+    def barlow_twins_parts(z1, z2):
+        return [barlow_twins_loss(z1, z2, 0.1, (i, parts)) for i in range(parts)]
+
+    for pieces, whole in ((info_nce_parts, lambda z1, z2: info_nce(z1, z2, 0.5)),
+                          (barlow_twins_parts, lambda z1, z2: barlow_twins_loss(z1, z2, 0.1))):  # fmt: skip
+        z1, z2 = draw()
+        losses, expected = pieces(z1, z2), whole(z1, z2)
+        assert len(losses) == parts and len({float(loss) for loss in losses}) == parts
+        mean = sum(losses) / parts
+        torch.testing.assert_close(mean, expected, rtol=1e-12, atol=0)
+        for one, other in zip(torch.autograd.grad(mean, (z1, z2)), torch.autograd.grad(expected, (z1, z2))):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
