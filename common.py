@@ -685,7 +685,11 @@ class Run:
                 self._compare()
         elif RANK == 0:
             self._check_empty()
-        self.dir, self.checkpoint = of_the_first((self.dir, self.checkpoint))
+        self.dir, self.checkpoint, first_args = of_the_first((self.dir, self.checkpoint, asdict(args)))
+        other = [
+            f"--{key.replace('_', '-')} {value}" for key, value in asdict(args).items() if value != first_args[key]
+        ]
+        check(not other, f"process {RANK} was started with {', '.join(other)}, unlike process 0")
 
     def _check_empty(self):
         held = [f for f in ("args.json", "checkpoint.pt", "log.jsonl", "embeddings.npz") if (self.dir / f).exists()]

@@ -27,7 +27,7 @@ SHORT = ["--encoder", "resnet10", "--width", "16", "--hidden-dim", "512", "--pro
 SETS = {
     "digits": [],
     "fashion_mnist": ["--dataset", "fashion_mnist", "--image-size", "16", "--epochs", "5", *SHORT],
-    "cifar10_jpeg": ["--dataset", "folder", "--epochs", "8", *SHORT],
+    "cifar10_jpeg": ["--dataset", "folder", "--epochs", "5", *SHORT],
 }
 PER_CLASS = 1000  # training images of a class of cifar10_jpeg, the first by name, and a fifth as many test images
 
@@ -45,7 +45,7 @@ class Args:
     seeds: Tuple[int, ...] = (1, 2, 3)
     """which seeds"""
     extra: str = ""
-    """more flags for the methods, in one string"""
+    """more flags for the methods, in one string; they become part of the recorded name"""
     output: str = str(ROOT / "benchmarks/results/accuracy-cpu.jsonl")
     """where the lines go"""
 
@@ -56,6 +56,7 @@ def run(script, *flags):
 
 def record(args, name, seed, knn, command, versions):
     """Append what a knn.json holds, as one line."""
+    name = f"{name} {args.extra}".strip()
     line = dict(data=args.data, name=name, seed=seed, command=command, n_train=knn["n_train"], n_test=knn["n_test"],
                 accuracy={row["k"]: round(row["accuracy"], 6) for row in knn["sweep"]}, chosen_k=knn["chosen_k"],
                 chosen_k_accuracy=round(knn["test_accuracy"], 6), versions=versions)  # fmt: skip

@@ -19,13 +19,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-COLUMNS = {
-    "pixels": "pixels",
-    "untrained": "untrained",
-    "simclr": "SimCLR",
-    "byol": "BYOL",
-    "barlow_twins": "Barlow Twins",
-}
+COLUMNS = {"pixels": "pixels", "untrained": "untrained", "simclr": "SimCLR", "byol": "BYOL",
+           "byol --projection-layers 0 --ema 0.99 --ema-schedule constant": "BYOL, bare target",
+           "barlow_twins": "Barlow Twins"}  # fmt: skip
 PICTURES = {
     "digits": "Digits, the default runs, three seeds",
     "fashion_mnist": "Fashion-MNIST, short runs",

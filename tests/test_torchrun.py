@@ -190,6 +190,16 @@ def test_what_is_refused_is_said_once(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_with_different_arguments(tiny, tmp_path):
+    """As on two machines whose commands differ: the flag is named, and nothing is written."""
+    script = tmp_path / "start.py"
+    script.write_text("import os, runpy, sys\nsys.argv[1:] = [*sys.argv[2:], '--seed', os.environ['RANK']]\n"
+                      f"sys.path.insert(0, {str(ROOT)!r})\nrunpy.run_path({str(ROOT / 'simclr.py')!r}, run_name='__main__')")  # fmt: skip
+    status, _, err = end(torchrun(script, "-", *flags(**tiny(run_dir=tmp_path / "run"))))
+    assert status != 0 and len(errors(err)) == 1 and "--seed 1" in errors(err)[0], err
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_dies(tiny, tmp_path):
     """The others end soon, and nothing hangs."""
     process = torchrun("barlow_twins.py", *flags(**tiny(run_dir=tmp_path / "run", epochs=100_000)))
