@@ -71,11 +71,16 @@ def cli(args_class, main):
     except OSError as error:  # a path too long, a file that may not be read: what is named in it is all there is to say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if WORLD_SIZE == 1 or not ("gloo" in str(error) or isinstance(error, dist.DistError)):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            reason = " ".join(str(error).split())[:200]
+            message = f"not enough memory; make the images, the batch or the network smaller ({reason})"
+        elif WORLD_SIZE > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            message = f"process {RANK} lost another one; go on with --resume"
+        else:
             raise
         _let_the_first_speak()
-        print(f"error: process {RANK} lost another one; go on with --resume", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -340,7 +345,7 @@ def _npz(path):
     """MedMNIST's form: train_images uint8 [N, H, W] or [N, H, W, 3]; train_labels, test_images, test_labels optional."""
     arrays = read_npz(path, ["train_images"], ["train_labels", "test_images", "test_labels"])
     train = arrays["train_images"]
-    test = arrays.get("test_images", train[:0])
+    test = arrays.get("test_images", train[:0] if train.ndim else train)
     parts = []
     for part, images in (("train", train), ("test", test)):
         shape_fits = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
@@ -386,6 +391,8 @@ def _read_npy(archive, info):
             raise ValueError(f"{info.filename} is neither stored nor deflated")
         read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read_header(file)
+        if not dtype.itemsize:  # as many of them as one likes, in no bytes
+            raise ValueError(f"{info.filename} is of {dtype}")
         if not dtype.hasobject and math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
             raise ValueError(f"{info.filename} claims {dtype} {list(shape)} and holds something else")
     with archive.open(info) as file:
@@ -523,12 +530,20 @@ def load_encoder(path):
     """
     info = load_torch(path, "name the encoder.pt of a run")
     try:
+        kinds = dict(encoder=str, width=int, image_size=int, mean=list, std=list, class_names=list, state_dict=dict)
+        wrong = [key for key, kind in kinds.items() if not isinstance(info[key], kind) or isinstance(info[key], bool)]
+        wrong += [key for key in ("mean", "std") if [type(v) for v in info[key]] != [float] * 3]
+        if wrong or not all(type(name) is str for name in info["class_names"]):
+            raise ValueError(f"{(wrong or ['class_names'])[0]} is of another kind")
+        if not (4 <= info["image_size"] <= 1024 and all(map(math.isfinite, info["mean"] + info["std"]))
+                and min(info["std"]) > 0):  # fmt: skip
+            raise ValueError("image_size, mean or std is out of range")
         with torch.device("meta"):  # no memory for what a damaged file may claim
             encoder, info["feature_dim"] = build_encoder(info["encoder"], info["image_size"], info["width"])
-        encoder.load_state_dict(info.pop("state_dict"), assign=True)
-        check({p.dtype for p in encoder.parameters()} == {torch.float32}, "its weights are not float32")
-        check(all(len(info[key]) == 3 and all(map(math.isfinite, info[key])) for key in ("mean", "std")),
-              "mean and std must be three numbers each")  # fmt: skip
+        state = info.pop("state_dict")
+        for key, like in encoder.state_dict().items():
+            expect(state.get(key), like)
+        encoder.load_state_dict(state, assign=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{str(path)!r} is no encoder of these scripts: {reason}") from None
@@ -701,10 +716,10 @@ class Run:
         if not path.exists():
             return None
         checkpoint = load_torch(path, "remove it to start anew")
-        keys = {"method", "args", "step", "epochs_logged", "stats", "state", "wandb_id"}
-        check(isinstance(checkpoint, dict) and keys <= set(checkpoint) and isinstance(checkpoint["args"], dict)
-              and isinstance(checkpoint["step"], int) and isinstance(checkpoint["stats"], torch.Tensor),
-              f"{str(path)!r} is no checkpoint of these scripts")  # fmt: skip
+        kinds = dict(method=str, args=dict, step=int, epochs_logged=int, stats=torch.Tensor, state=dict, wandb_id=str)
+        check(isinstance(checkpoint, dict) and all(type(checkpoint.get(key)) is kind for key, kind in kinds.items())
+              and all(isinstance(v, (str, int, float, type(None))) for v in checkpoint["args"].values())
+              and checkpoint["stats"].ndim == 2, f"{str(path)!r} is no checkpoint of these scripts")  # fmt: skip
         check(checkpoint["method"] == self.method, f"{str(path)!r} is a checkpoint of {checkpoint['method']!r}, not of "
               f"{self.method!r}; name another --run-dir")  # fmt: skip
         return checkpoint
@@ -728,7 +743,7 @@ class Run:
     def _compare(self):
         """Refuse to resume with other arguments than before; what is not known yet (None) is let pass."""
         before, now = self.before["args"], asdict(self.args)
-        changed = [f"--{key.replace('_', '-')} was {before.get(key)} and is {now[key]}" for key in now
+        changed = [f"--{key.replace('_', '-')} was {before.get(key)!r:.99} and is {now[key]!r}" for key in now
                    if key not in self.MAY_CHANGE and now[key] is not None and before.get(key) != now[key]]  # fmt: skip
         check(not changed, f"can not resume {str(self.dir)!r} with other arguments: {'; '.join(changed)}")
 
@@ -895,9 +910,23 @@ class Run:
         before = len(self.checkpoint["stats"])
         check(before == steps_per_epoch, f"can not resume {str(self.dir)!r}: the training images have changed "
               f"({before} steps an epoch before, {steps_per_epoch} now)")  # fmt: skip
+        step, logged = self.checkpoint["step"], self.checkpoint["epochs_logged"]
         try:
+            if not (0 <= step <= self.args.epochs * steps_per_epoch and logged == step // steps_per_epoch):
+                raise ValueError("its step is out of range")
+            self.checkpoint["stats"] = expect(self.checkpoint["stats"], torch.zeros(steps_per_epoch, 3)).clone()
             for name, module in modules.items():
-                state = self.checkpoint["state"][name]
+                state, own = self.checkpoint["state"][name], module.state_dict()
+                if name == "network":
+                    for key, like in own.items():
+                        expect(state.get(key), like)
+                elif name == "optimizer":  # settings are this run's own; a copy has the memory layout of its weights
+                    old, params = state["state"], [p for group in module.param_groups for p in group["params"]]
+                    old = {i: expect(old[i]["momentum_buffer"], p) for i, p in enumerate(params) if i in old}
+                    new = {i: {"momentum_buffer": torch.empty_like(params[i]).copy_(m)} for i, m in old.items()}
+                    state = {**own, "state": new}
+                elif not all(type(value) in (int, float) and math.isfinite(value) for value in state.values()):
+                    raise ValueError("its scaler is none")
                 if state or name != "scaler":  # empty where the run before was not in fp16: then a new scaler starts
                     module.load_state_dict(state)
         except Exception as error:
@@ -979,13 +1008,25 @@ def save_torch(path, content):
         file.write(buffer.getbuffer())
 
 
+def expect(value, like):
+    """`value`, out of an untrusted file, if it is a tensor in memory of the shape and type of `like`; else ValueError."""
+    if not (type(value) is torch.Tensor and value.device.type == "cpu" and not value.requires_grad
+            and (value.shape, value.dtype, value.layout) == (like.shape, like.dtype, like.layout)):  # fmt: skip
+        raise ValueError("a tensor in it is missing, or of another shape or type")
+    return value
+
+
 def load_torch(path, remedy):
     """torch.load of an untrusted file: tensors and plain types only. UserError where it is damaged or something else."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load would also take older forms, and what unpacks to far more
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 raise ValueError("its parts are compressed")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            if sum(info.file_size for info in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("its parts claim more than it holds")
+        with warnings.catch_warnings():  # about what a foreign file may hold: what is not refused is used
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{str(path)!r} can not be read ({reason}); {remedy}") from None

@@ -259,7 +259,9 @@ def read_embeddings(path):
     check(widths[0] == widths[1], f"{where}: train_features is {widths[0]} wide, test_features {widths[1]}")
     try:
         data["meta"] = dict(json.loads(str(data.get("meta", "{}"))))
-        data["class_names"] = [plain(name) for name in data["class_names"].tolist()] if "class_names" in data else []
+        if data.setdefault("class_names", np.array([], str)).ndim != 1:
+            raise ValueError
+        data["class_names"] = [plain(name) for name in data["class_names"].tolist()]
     except Exception:  # whatever json and NumPy raise on foreign text
         raise UserError(f"{where}: meta must be a JSON object, and class_names strings") from None
     return data
