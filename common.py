@@ -77,6 +77,7 @@ def cli(args_class, main):
             message = f"not enough memory; make the images, the batch or the network smaller ({reason})"
         elif WORLD_SIZE > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
             message = f"process {RANK} lost another one; go on with --resume"
+            time.sleep(5)  # torchrun ends this one meanwhile, and the other has said why
         else:
             raise
         _let_the_first_speak()
@@ -938,7 +939,8 @@ class Run:
         if RANK:
             sys.exit(128 + self.stopped)
         self.tracker.finish()
-        print(f"stopped; go on with: python {shlex.join(sys.argv)}" + ("" if self.args.resume else " --resume")
+        start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"
+        print(f"stopped; go on with: {start} {shlex.join(sys.argv)}" + ("" if self.args.resume else " --resume")
               + ("" if self.args.run_dir else f" --run-dir {shlex.quote(str(self.dir))}"), file=sys.stderr)  # fmt: skip
         sys.exit(128 + self.stopped)
 
