@@ -222,6 +222,14 @@ def gather(z1, z2):
     return *_Gather.apply(torch.stack([z1, z2])).transpose(0, 1).flatten(1, 2), RANK * len(z1)
 
 
+def of_all(value):
+    """What each process has, in their order, on every process."""
+    box = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(box, value)
+    return box
+
+
 def of_the_first(value):
     """What process 0 has, on every process."""
     box = [value]
@@ -686,6 +694,13 @@ class Run:
 
         Of several processes the first alone reads and writes the folder; the others get from it what they need.
         """
+        for rank, theirs in enumerate(of_all(asdict(args))):
+            other = [
+                f"--{key.replace('_', '-')} {theirs[key]}"
+                for key, value in asdict(args).items()
+                if value != theirs[key]
+            ]
+            check(not other, f"process {rank} was started with {', '.join(other)}, unlike process {RANK}")
         self.method, self.args, self.checkpoint, self.before = method, args, None, {}
         self.asked, self.stopped, self.bar, self.lock = 0, 0, None, None
         self.read, self.skipped_in_a_row = 0, 0  # rows of the epoch's statistics that advance() has seen
@@ -701,11 +716,7 @@ class Run:
                 self._compare()
         elif RANK == 0:
             self._check_empty()
-        self.dir, self.checkpoint, first_args = of_the_first((self.dir, self.checkpoint, asdict(args)))
-        other = [
-            f"--{key.replace('_', '-')} {value}" for key, value in asdict(args).items() if value != first_args[key]
-        ]
-        check(not other, f"process {RANK} was started with {', '.join(other)}, unlike process 0")
+        self.dir, self.checkpoint = of_the_first((self.dir, self.checkpoint))
 
     def _check_empty(self):
         held = [f for f in ("args.json", "checkpoint.pt", "log.jsonl", "embeddings.npz") if (self.dir / f).exists()]
