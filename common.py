@@ -96,24 +96,17 @@ def _let_the_first_speak():
 
 def check_args(args):
     """Refuse numbers that the methods can not work with; tyro has refused wrong types. UserError."""
-    # Narrower than 16, oneDNN's backward of the strided 1x1 convolutions writes past its memory (oneDNN issue 6035).
-    at_least = dict(seed=0, image_size=4, width=16, hidden_dim=1, projection_dim=1, projection_layers=0, epochs=0,
-                    batch_size=2, lr=0, weight_decay=0, warmup_epochs=0, eval_every=0, knn_k=1, checkpoint_every=1)  # fmt: skip
-    at_most = dict(
-        seed=2**63,
-        warmup_epochs=10**6,
-        image_size=1024,
-        width=1024,
-        hidden_dim=2**16,
-        projection_dim=2**16,
-        projection_layers=16,
-    )
-    for key, low in at_least.items():
-        value, high = getattr(args, key), at_most.get(key, float("inf"))
-        if value is None:  # image_size: the images' own
-            continue
-        check(low <= value <= high and math.isfinite(value), f"--{key.replace('_', '-')} {value} must be at least {low}"
-              + (f" and at most {high}" if key in at_most else " and finite" if isinstance(value, float) else ""))  # fmt: skip
+    limits = dict(
+        seed=(0, 2**63), image_size=(4, 1024), hidden_dim=(1, 2**16), projection_dim=(1, 2**16),
+        projection_layers=(0, 16), epochs=(0, 10**12), batch_size=(2, 10**12), lr=(0, None), weight_decay=(0, None),
+        warmup_epochs=(0, 10**6), eval_every=(0, 10**12), knn_k=(1, 10**12), checkpoint_every=(1, 10**12),
+        width=(16, 1024),  # narrower, oneDNN's backward of strided 1x1 convolutions writes past its memory (its issue 6035)
+    )  # fmt: skip
+    for key, (low, high) in limits.items():
+        value = getattr(args, key)
+        if value is not None:  # image_size: the images' own
+            check(low <= value <= (high or value) and math.isfinite(value), f"--{key.replace('_', '-')} {value} must be at "
+                  f"least {low} and {f'at most {high}' if high else 'finite'}")  # fmt: skip
     check(args.batch_size % WORLD_SIZE == 0 and args.batch_size >= 2 * WORLD_SIZE, f"--batch-size {args.batch_size} is "
           f"of all {WORLD_SIZE} processes; it must be a multiple of {WORLD_SIZE}, two images each or more")  # fmt: skip
     check(args.lr > 0, "--lr 0 trains nothing; use --epochs 0 for the untrained encoder")

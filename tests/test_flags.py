@@ -21,11 +21,11 @@ import common
 
 COMMANDS = [*METHODS, "knn_eval"]
 EDGES = {
-    int: [0, -1, 10**12, 2**64, "1.5", "nan", "many", ""],
+    int: [0, -1, 10**12, 10**400, "1.5", "nan", "many", ""],
     float: [0.0, -1.0, -0.5, 1e-320, 1e30, 1e308, math.nan, math.inf, -math.inf, "many", ""],
 }
 ABSURD = (1e-320, 1e30, 1e308)  # legal for some flags, and a training may diverge by them
-ENDLESS = [("epochs", 10**12), ("epochs", 2**64)]  # legal, and no one would wait for the end: stopped at the first step
+ENDLESS = [("epochs", 10**12)]  # legal, and no one would wait for the end: stopped at the first step
 
 MOST_SECONDS, MOST_MEMORY = 20, 2**32  # of one case; the memory is beside what the tests before left in this process
 
@@ -44,7 +44,7 @@ def numeric_flags(module):
 
 
 def is_refused_for_sure(value):
-    return isinstance(value, str) or not math.isfinite(value) or value < 0
+    return isinstance(value, str) or value < 0 or value == 10**400 or not math.isfinite(value)
 
 
 CASES = [(name, key, value) for name in COMMANDS for key, kind in numeric_flags(importlib.import_module(name)).items()
