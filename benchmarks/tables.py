@@ -80,6 +80,7 @@ def draw(data, title, path):
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Source": digest(data)})
 
 
