@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.run as torchrun
 
 import barlow_twins
 import byol
@@ -33,6 +34,7 @@ def test_every_flag_named_exists():
     benchmark = runpy.run_path(str(ROOT / "benchmarks/accuracy.py"))["Args"].__dataclass_fields__
     known = set().union(*map(flags_of, SCRIPTS.values())) | {"help", *benchmark}
     known |= {f"no-{flag}" for flag in known}
+    known |= {name[2:] for action in torchrun.get_args_parser()._actions for name in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--([a-z0-9][a-z0-9-]*)", README))
     assert named and named <= known, named - known
 
