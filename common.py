@@ -821,6 +821,10 @@ class Run:
         """Around the loop: a progress bar in a terminal, and the first Ctrl-C or SIGTERM sets `stopped`."""
 
         def stop(number, frame):
+            if (
+                self.asked and WORLD_SIZE > 1
+            ):  # torchrun tells again those that were told already, and ends them in 30 s
+                return
             if self.asked:
                 raise KeyboardInterrupt  # the second one ends at once
             self.asked = number
@@ -934,12 +938,15 @@ class Run:
                     raise ValueError("its scaler is none")
                 if state or name != "scaler":  # empty where the run before was not in fp16: then a new scaler starts
                     module.load_state_dict(state)
+            self.read = step % max(1, steps_per_epoch)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{str(self.dir / 'checkpoint.pt')!r} does not fit this run: {reason}") from None
 
     def stop(self):
         """End a run that was asked to: 130 after Ctrl-C, 143 after SIGTERM. The checkpoint is written."""
+        if WORLD_SIZE > 1:
+            dist.barrier()  # torchrun ends all as soon as one has ended, and the first may still be writing
         if RANK:
             sys.exit(128 + self.stopped)
         self.tracker.finish()
@@ -1030,6 +1037,8 @@ def load_torch(path, remedy):
                 raise ValueError("its parts are compressed")
             if sum(info.file_size for info in archive.infolist()) > os.path.getsize(path):
                 raise ValueError("its parts claim more than it holds")
+            if archive.testzip():  # PyTorch does not look at the checksums
+                raise ValueError("a checksum in it is wrong")
         with warnings.catch_warnings():  # about what a foreign file may hold: what is not refused is used
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
