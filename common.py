@@ -20,6 +20,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import List, Optional
 
@@ -129,7 +130,11 @@ def pick_device(name, deterministic=False):
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available() and WORLD_SIZE == 1,
+        "cpu": True,
+    }
     if name == "auto":
         name = next(device for device, available in there.items() if available)
     check(there[name], f"--device {name}: no such device here; use --device auto or cpu")
@@ -177,7 +182,9 @@ def join_processes(device):
     if WORLD_SIZE > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        check("MASTER_ADDR" in os.environ, "WORLD_SIZE is set, but not by torchrun; unset it, or start with torchrun")
+        # The others wait hours where the first one downloads or evaluates for long; torchrun ends them if it dies.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
 
 
 def distribute(network, device):
@@ -537,14 +544,16 @@ def load_encoder(path):
         wrong += [key for key in ("mean", "std") if [type(v) for v in info[key]] != [float] * 3]
         if wrong or not all(type(name) is str for name in info["class_names"]):
             raise ValueError(f"{(wrong or ['class_names'])[0]} is of another kind")
-        if not (4 <= info["image_size"] <= 1024 and all(map(math.isfinite, info["mean"] + info["std"]))
+        if not (4 <= info["image_size"] <= 1024 and 1 <= info["width"] <= 1024 and all(map(math.isfinite, info["mean"] + info["std"]))
                 and min(info["std"]) > 0):  # fmt: skip
             raise ValueError("image_size, mean or std is out of range")
         with torch.device("meta"):  # no memory for what a damaged file may claim
             encoder, info["feature_dim"] = build_encoder(info["encoder"], info["image_size"], info["width"])
         state = info.pop("state_dict")
         for key, like in encoder.state_dict().items():
-            expect(state.get(key), like)
+            if not (expect(state.get(key), like).is_contiguous() and torch.isfinite(state[key]).all()):
+                raise ValueError("a tensor in it overlaps itself or is not finite")
+            state[key] = state[key].clone()  # two may share their memory
         encoder.load_state_dict(state, assign=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -830,7 +839,8 @@ class Run:
             self.asked = number
             if WORLD_SIZE == 1:
                 self.stopped = number
-            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            more = "; once more to stop at once" if WORLD_SIZE == 1 else ""
+            print(f"\nstopping after this step{more}", file=sys.stderr, flush=True)
 
         main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
@@ -849,11 +859,12 @@ class Run:
     def advance(self, i, stats, lr, epoch, step):
         """After every step. `stats` [steps of the epoch, 3] holds loss, spread, skipped; row i is new.
 
-        It stays on the device and is read every 50 steps on a GPU, so that the loop does not wait for it. Then all
+        It stays on the device and is read every 50 (10) steps on a GPU, so that the loop does not wait for it. Then all
         processes put their statistics together, and stop at the same step where one of them was asked to.
         """
         self.bar.update()
-        if self.device.type == "cpu" or i % 50 == 49 or i + 1 == len(stats) or self.stopped:
+        every = 50 if WORLD_SIZE == 1 else 10  # the others hear of a signal here alone, and torchrun waits 30 seconds
+        if self.device.type == "cpu" or i % every == every - 1 or i + 1 == len(stats) or self.stopped:
             if WORLD_SIZE > 1:
                 new, asked = stats[self.read : i + 1], torch.tensor(self.asked, device=self.device)
                 dist.all_reduce(new)
@@ -1010,7 +1021,12 @@ class Run:
             self.tracker.log_image("views", self.dir / "views.png")
         self.tracker.finish()
         self._unlock()
-        print(f"wrote {path}; next: python knn_eval.py {shlex.quote(str(self.dir))} --pixels")
+        judge = (
+            f"; next: python knn_eval.py {shlex.quote(str(self.dir))} --pixels"
+            if labelled.any() and judged.any()
+            else ""
+        )
+        print(f"wrote {path}{judge}")
 
 
 def save_torch(path, content):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed.run as torchrun
 
 import barlow_twins
@@ -63,6 +64,15 @@ def test_the_lines_for_copying_one_file_run(tmp_path):
     (tmp_path / "byol.py").write_text((ROOT / "byol.py").read_text())  # alone: without common.py
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_lines_that_load_an_encoder_run(tiny, tmp_path, monkeypatch):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "load_encoder" in block)
+    simclr.main(simclr.Args(**tiny(run_dir=str(tmp_path / "runs/mine"), epochs=0)))
+    monkeypatch.chdir(tmp_path)
+    found = {"images": torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)}
+    exec(code, found)
+    assert found["features"].shape == (5, 128)
 
 
 def test_files_it_points_at_are_there():
