@@ -54,6 +54,15 @@ def run(script, *flags):
     subprocess.run([sys.executable, str(ROOT / script), *flags], check=True, stdout=subprocess.DEVNULL)
 
 
+def commit():
+    """The git commit of these files, with "-dirty" where they have been changed since; None where there is no git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def record(args, name, seed, knn, command, versions):
     """Append what a knn.json holds, as one line."""
     name = f"{name} {args.extra}".strip()
