@@ -118,7 +118,7 @@ class Script:
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
         self.two_views, module.two_views = module.two_views, self.draw
-        self.resident, self.calls, self.advanced, self.left, self.error = resident, 0, 0, 0, None
+        self.resident, self.training, self.drawn, self.advanced, self.error = resident, False, None, 0, None
         self.around = contextlib.nullcontext()
         self.may_work, self.has_paused = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self.work, args=(module.main, args), daemon=True)
@@ -136,10 +136,12 @@ class Script:
 
     def draw(self, *args, **kwargs):
         """In place of two_views: the same, but that a resident contender keeps the views of its first step."""
-        self.calls, self.asked = self.calls + 1, (args, kwargs)
-        if self.calls == 2:  # the first call is for views.png
+        if not self.training:  # for views.png
+            return self.two_views(*args, **kwargs)
+        self.asked = args, kwargs
+        if self.drawn is None:
             self.began = time.perf_counter()
-        if self.calls <= 2 or not self.resident:
+        if self.drawn is None or not self.resident:
             self.drawn = self.two_views(*args, **kwargs)
         return self.drawn
 
@@ -167,14 +169,24 @@ class Script:
         self.thread.join()
 
 
-def advancing(advance):
-    """common.Run.advance, and then the pause of the script whose thread this is."""
+@contextlib.contextmanager
+def hooks():
+    """common.Run tells the script whose thread it works in when the loop starts, and after every step."""
+    training, advance = common.Run.training, common.Run.advance
 
-    def wrapped(run, *args):
+    def now_training(run, *args):
+        threading.current_thread().script.training = True
+        return training(run, *args)
+
+    def now_advance(run, *args):
         advance(run, *args)
         threading.current_thread().script.advance()
 
-    return wrapped
+    common.Run.training, common.Run.advance = now_training, now_advance
+    try:
+        yield
+    finally:
+        common.Run.training, common.Run.advance = training, advance
 
 
 class Views:
@@ -463,7 +475,6 @@ def main(args):
         )
     device = common.pick_device(args.device)
     common._interactive = lambda: False  # no progress bars of paused scripts
-    advance, common.Run.advance = common.Run.advance, advancing(common.Run.advance)
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "lightly")[: 1 + args.lightly]}
     result = dict(
         command=shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]]),
@@ -473,23 +484,20 @@ def main(args):
                       cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), **versions),
         methods={},
     )  # fmt: skip
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            data = args.data or str(Path(folder, "random.npz"))
-            if not args.data:
-                shape = (args.images, args.image_size, args.image_size, 3)
-                np.savez(data, train_images=np.random.default_rng(0).integers(0, 256, shape, np.uint8))
-            for method in args.methods:
-                with contextlib.redirect_stdout(io.StringIO()):  # the scripts' lines
-                    found = result["methods"][method] = measure(method, args, data, folder, device)
-                for name, one in found["contenders"].items():
-                    print(f"{method:13} {name:16} {one['samples_per_sec']:10.1f} samples/s")
-                for pair, one in found["ratios"].items():
-                    print(f"{method:13} {pair:21} {one['ratio']:.3f} ({one['low']} to {one['high']})", flush=True)
-                if args.output:
-                    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
-    finally:
-        common.Run.advance = advance
+    with hooks(), tempfile.TemporaryDirectory() as folder:
+        data = args.data or str(Path(folder, "random.npz"))
+        if not args.data:
+            shape = (args.images, args.image_size, args.image_size, 3)
+            np.savez(data, train_images=np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        for method in args.methods:
+            with contextlib.redirect_stdout(io.StringIO()):  # the scripts' lines
+                found = result["methods"][method] = measure(method, args, data, folder, device)
+            for name, one in found["contenders"].items():
+                print(f"{method:13} {name:16} {one['samples_per_sec']:10.1f} samples/s")
+            for pair, one in found["ratios"].items():
+                print(f"{method:13} {pair:21} {one['ratio']:.3f} ({one['low']} to {one['high']})", flush=True)
+            if args.output:
+                Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
