@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py --compile --output benchmarks/results/throughput-h200.json       # a GPU, full size
     python benchmarks/throughput.py --no-lightly --methods simclr --variant="--compile" --profile     # eager against compiled
-    python benchmarks/throughput.py --width 16 --batch-size 64 --images 1024 --warmup 2 --steps 4 --blocks 4   # a CPU
+    python benchmarks/throughput.py --batch-size 32 --images 640 --warmup 2 --steps 2 --blocks 6                     # a CPU
 
 A sample is one image, two views. The contenders of a method:
 
@@ -68,12 +68,12 @@ class Args:
     """of the scripts and of lightly tuned"""
     compile: bool = False
     """torch.compile the networks of the scripts and of lightly tuned"""
-    encoder: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet18"
-    """the network"""
-    width: int = 64
-    """channels of its first stage"""
-    batch_size: int = 512
-    """images a step"""
+    encoder: Optional[Literal["resnet10", "resnet18", "resnet34", "resnet50"]] = None
+    """the network (unset, as in the next two, the recipe's: for photos resnet18)"""
+    width: Optional[int] = None
+    """channels of its first stage (64)"""
+    batch_size: Optional[int] = None
+    """images a step (512)"""
     data: Optional[str] = None
     """an .npz file of images (unset: random ones)"""
     images: int = 50000
@@ -444,7 +444,10 @@ def measure(method, args, data, folder, device):
             found[name]["seconds"] += seconds
             found[name]["rates"].append(2 * found[name]["steps_a_turn"] * batch_size / seconds)
 
-    result = dict(args=config["args"], precision=config["precision"], contenders=found, ratios={})
+    kept = {
+        key: value for key, value in config["args"].items() if key not in ("run_dir", "data_dir")
+    }  # no machine's paths
+    result = dict(args=kept, precision=config["precision"], contenders=found, ratios={})
     for pair in PAIRS:
         over, under = pair.split("/")
         if over in found and under in found:
