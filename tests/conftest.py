@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from functorch.compile import make_boxed_func  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from torch._ops import OpOverload  # noqa: E402
 
 import common  # noqa: E402
 
@@ -34,6 +37,41 @@ def flags(**values):
         key = "--" + key.replace("_", "-")
         words += [key if value else key.replace("--", "--no-", 1)] if isinstance(value, bool) else [key, str(value)]
     return words
+
+
+# Methods of a tensor that read it, and operators that ask the device for a value, or for a shape that depends on one.
+READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"}
+WAITS = {"_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2",
+         "unique_consecutive", "bincount", "repeat_interleave"}  # fmt: skip
+
+
+def waits(operator, args):
+    """Whether an ATen operator makes the host wait for the device; args are tensors or nodes of a graph."""
+    name = operator.overloadpacket.__name__
+    indices = [i for i in args[1] if i is not None] if name in ("index", "index_put", "index_put_") else []
+    return name in WAITS or any((i.meta["val"] if hasattr(i, "meta") else i).dtype == torch.bool for i in indices)
+
+
+def one_graph(function):
+    """The function compiled as one graph, forward and backward, in which nothing waits: else an error when it is called.
+
+    fullgraph alone does not see to the second: PyTorch traces .item() and boolean masks into the graph.
+    """
+
+    def inspect(graph, inputs):
+        for node in graph.graph.nodes:
+            reads = node.op == "call_method" and node.target in READS
+            assert not (reads or isinstance(node.target, OpOverload) and waits(node.target, node.args)), (
+                f"waits: {node.target}"
+            )
+        return make_boxed_func(graph.forward)
+
+    def both(graph, inputs):  # what was written, in which .item() still stands, and the operators that it comes down to
+        inspect(graph, inputs)
+        return aot_autograd(fw_compiler=inspect)(graph, inputs)
+
+    torch.compiler.reset()  # it gives up on a line that has been compiled too often
+    return torch.compile(function, fullgraph=True, backend=both)
 
 
 @pytest.fixture(params=METHODS)

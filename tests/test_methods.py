@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import one_graph
 from torch import nn
 
 import barlow_twins
@@ -230,19 +231,18 @@ def test_byol_reports_variant_is_reached_by_flags():
 
 @pytest.mark.parametrize("module", METHODS)
 def test_views_and_networks_are_one_graph(module):
-    """No host synchronisation and no shape that depends on data: fullgraph fails on both."""
+    """No host synchronisation and no shape that depends on data."""
     images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
 
-    def views(x):
-        return module.two_views(x, (module.View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2, blur_p=0.5,
-                                                solarize_p=0.2, turn=10, shift=0.1, zoom=0.1, noise=0.1),) * 2)  # fmt: skip
-
-    v1, v2 = torch.compile(views, fullgraph=True, backend="eager")(images)
-    assert v1.shape == v2.shape == (16, 3, 16, 16)
+    every = module.View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2, blur_p=0.5, solarize_p=0.2,
+                        turn=10, shift=0.1, zoom=0.1, noise=0.1)  # fmt: skip
+    for views, size in (((every, every), 16), (module.AUGMENT["photo"], 12)):
+        v1, v2 = one_graph(lambda x: module.two_views(x, views, size, 0.5, 0.2))(images)
+        assert v1.shape == v2.shape == (16, 3, size, size)
     network = NETWORKS[module](tiny_encoder(), 4, 8, 6)
-    compiled = torch.compile(network, fullgraph=True, backend="eager")
-    for ours, theirs in zip(compiled(v1, v2), network(v1, v2)):
+    for ours, theirs in zip(one_graph(network)(v1, v2), network(v1, v2)):
         torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(one_graph(common.spread)(theirs), common.spread(theirs))
 
 
 # ---------------------------------------------------------------- collapse
