@@ -134,7 +134,7 @@ def test_what_one_of_several_processes_computes_is_one_graph(loss):
     lambda z: z.sum() if z[0, 0] > 0 else z.mean(), lambda z: z.cpu().sum(),
 ], ids=["item", "mask", "nonzero", "tolist", "if", "cpu"])  # fmt: skip
 def test_a_loss_that_waits_is_no_graph(wait):
-    """The tests of one graph do fail where a value, or a shape that depends on one, is asked for; and torch.where is none."""
+    """The tests of one graph do fail where a value, or a shape that depends on one, is asked for."""
 
     def value(inner):
         return one_graph(lambda z: info_nce(z, z) + inner(z))(draw(5)[0])
