@@ -152,7 +152,7 @@ def test_a_run(method, tiny, colour_npz, tmp_path, monkeypatch, precision, compi
     if compile:  # the same views and weights: only sums in another order
         eager = train(method, tiny, tmp_path / "eager", **{**changes, "compile": False})
         first = json.loads((eager / "log.jsonl").read_text().splitlines()[0])
-        assert log[0]["loss"] == pytest.approx(first["loss"], rel=1e-3 if precision == "fp32" else 3e-2)
+        assert log[0]["loss"] == pytest.approx(first["loss"], rel=1e-3 if precision == "fp32" else 0.1)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
