@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from accuracy import commit, run  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 
@@ -77,7 +78,7 @@ def hold_out(args, path):
     )
     arrays = {}
     for part, chosen in (("train", np.sort(train)), ("test", np.sort(test))):
-        arrays[f"{part}_images"] = images.train.numpy()[chosen].transpose(0, 2, 3, 1)
+        arrays[f"{part}_images"] = images.train[torch.from_numpy(chosen)].numpy().transpose(0, 2, 3, 1)
         arrays[f"{part}_labels"] = labels[chosen]
     np.savez(path, **arrays)
     return ["--dataset", "npz", "--data-dir", str(path)]
