@@ -65,7 +65,8 @@ def test_throughput(tmp_path):
             over, under = (found[side]["samples_per_sec"] for side in pair.split("/"))
             assert one["ratio"] == pytest.approx(over / under, rel=1e-2) and one["low"] <= one["ratio"] <= one["high"]
         assert found["views"]["samples_per_sec"] > found["step"]["samples_per_sec"]  # a step has views, and more
-        assert sum(row["share"] for row in method["profile"]) <= 1 and "convolution" in str(method["profile"])
+        assert 0.5 < sum(row["share"] for row in method["profile"]) < 1.01  # of the twenty largest
+        assert torch.cuda.is_available() or "convolution" in str(method["profile"])  # kernels have other names
         assert ("peak_gpu_bytes" in found["step"]) == torch.cuda.is_available()
     assert str(tmp_path) not in json.dumps(result["methods"])
 

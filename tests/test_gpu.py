@@ -64,7 +64,7 @@ def test_value_and_gradient_are_those_of_float64_on_a_cpu(loss, naive, parameter
     expected.backward()
     for a, b in zip(ours, theirs):
         error = (a.grad.cpu().double() - b.grad).abs().max() / b.grad.abs().max()
-        assert a.grad.dtype == dtype and error < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+        assert a.grad.dtype == dtype and error < {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
 
 
 # ------------------------------------------------------------------------------------------ views
