@@ -5,7 +5,7 @@
     python byol.py --dataset folder --data-dir photos --run-dir runs/photos --resume
     python knn_eval.py                                  # judges the runs under runs/ by their nearest neighbours
 
-A run leaves args.json, log.jsonl, views.png, checkpoint.pt, encoder.pt and embeddings.npz in its folder.
+A run leaves args.json, log.jsonl, checkpoint.pt, encoder.pt, embeddings.npz and three pictures in its folder.
 To use the method in your own code, copy this file: all above `main` needs PyTorch only, and `main` needs common.py.
 Implementation details and differences from the paper: README.md, section BYOL.
 """

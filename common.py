@@ -11,8 +11,11 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -618,26 +621,54 @@ def draw_views(path, images, views):
     rows = torch.stack([c.float().cpu().clamp(0, 1) for c in columns], 1).flatten(0, 1)
     rows = F.interpolate(rows, scale_factor=max(1, 64 // rows.shape[2]), mode="nearest")
     grid = torchvision.utils.make_grid(rows, nrow=len(columns), padding=2, pad_value=1.0)
+    gap = torch.ones(3, grid.shape[1], 8)  # between the images and their views
+    grid = torch.cat([grid[:, :, : rows.shape[3] + 2], gap, grid[:, :, rows.shape[3] + 2 :]], dim=2)
     with atomic_write(path) as file:
         Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
 
 
+def draw_curves(path, records):
+    """A PNG of the loss over the epochs and, below it, of the kNN accuracy where it was evaluated."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    judged = [record for record in records if "knn_acc" in record]
+    figure = Figure(figsize=(7, 6 if judged else 3.5), layout="constrained")
+    axes = figure.subplots(2 if judged else 1, sharex=True, squeeze=False)[:, 0]
+    line = "-" if len(records) > 60 else ".-"
+    axes[0].plot([r["epoch"] for r in records], [r["loss"] for r in records], line, color="tab:blue")
+    axes[0].set(ylabel="loss, mean of the epoch")
+    if judged:
+        axes[1].plot([r["epoch"] for r in judged], [100 * r["knn_acc"] for r in judged], ".-", color="tab:orange")
+        axes[1].set(ylabel="kNN accuracy on the test set in %")
+    axes[-1].set(xlabel="epoch")
+    for part in axes:
+        part.xaxis.set_major_locator(MaxNLocator(integer=True))
+        part.grid(alpha=0.3)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=120, format="png")
+
+
 def draw_embedding(path, points, labels, class_names, title):
-    """A PNG of points [M, 2] coloured by class."""
+    """A PNG of points [M, 2] coloured by class, in a random order, so that no class covers another."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    def shown(text, most=40):  # `$` is matplotlib's sign of mathematics, and a name that is no text would stop it
+        return str(text)[:most].encode("utf-8", "replace").decode().replace("$", r"\$")
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
-    present = np.unique(labels)
-    colours = matplotlib_colours(len(present))
-    for colour, label in zip(colours, present):
-        chosen = np.asarray(labels) == label
-        name = class_names[label] if 0 <= label < len(class_names) else str(label)
-        axes.scatter(*np.asarray(points)[chosen].T, s=8, color=colour, label=name, alpha=0.7, linewidths=0)
-    if len(present) <= 20:
+    present, ids = np.unique(labels, return_inverse=True)
+    colours, order = matplotlib_colours(len(present)), np.random.default_rng(0).permutation(len(points))
+    axes.scatter(*np.asarray(points)[order].T, s=8, color=colours[ids[order]], alpha=0.7, linewidths=0)
+    for colour, label in zip(colours, present if len(present) <= 20 else ()):
+        name = class_names[label] if 0 <= label < len(class_names) else "unlabelled" if label == -1 else label
+        axes.scatter([], [], s=8, color=colour, label=shown(name))
+    if 1 < len(present) <= 20:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
-    axes.set(title=title, xticks=[], yticks=[])
-    with atomic_write(path) as file:
+    axes.set(title=shown(title, 80), xticks=[], yticks=[])
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that its font lacks
         figure.savefig(file, dpi=120, format="png")
 
 
@@ -684,6 +715,16 @@ def _interactive():
     return RANK == 0 and sys.stderr.isatty() or "ipykernel" in type(sys.stdout).__module__
 
 
+def git_commit():
+    """The commit of these files, "-dirty" behind it where files were changed since; None outside of git."""
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
 class Run:
     """A run folder: args.json, log.jsonl, checkpoint.pt, and progress, signals and Weights & Biases around them."""
 
@@ -705,6 +746,7 @@ class Run:
             check(not other, f"process {rank} was started with {', '.join(other)}, unlike process {RANK}")
         self.method, self.args, self.checkpoint, self.before = method, args, None, {}
         self.asked, self.stopped, self.bar, self.lock = 0, 0, None, None
+        self.knn_shown = ""  # on the progress bar, the last accuracy
         self.read, self.skipped_in_a_row = 0, 0  # rows of the epoch's statistics that advance() has seen
         check(args.run_dir or not args.resume, "--resume needs --run-dir: the folder of the run to go on with")
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -773,7 +815,8 @@ class Run:
             self._lock()
             if not self.args.resume:
                 self._check_empty()
-            for name in ("args.json", "log.jsonl", "views.png", "checkpoint.pt", "encoder.pt", "embeddings.npz"):
+            for name in ("args.json", "log.jsonl", "views.png", "checkpoint.pt", "encoder.pt", "embeddings.npz",
+                         "curves.png", "embedding_2d.png"):  # fmt: skip
                 (self.dir / f".{name}.tmp").unlink(missing_ok=True)  # left by a run that was killed while it wrote
             self.epochs_logged = self.checkpoint["epochs_logged"] if self.checkpoint else 0
             lines = []
@@ -794,13 +837,15 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": np.__version__},
             "command": shlex.join(sys.argv),
+            "commit": git_commit(),
             "wandb_id": self.wandb_id,
         }  # fmt: skip
         with atomic_write(self.dir / "args.json") as file:
             file.write(json.dumps(config, indent=2).encode())
         print(f"{self.method} on {config['device']} in {precision}: {self.dir}")
         shown = {k: v for k, v in config["args"].items() if v is not None}
-        print("  " + "  ".join(f"{k}={v}" for k, v in shown.items()))
+        print(textwrap.fill("  ".join(f"{k}={v}" for k, v in shown.items()), shutil.get_terminal_size().columns,
+                            initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))  # fmt: skip
         args = self.args
         self.tracker = Tracker(args.track, args.wandb_project, args.wandb_entity, self.dir, self.dir.name, config,
                                self.wandb_id)  # fmt: skip
@@ -827,7 +872,7 @@ class Run:
 
     @contextmanager
     def training(self, step, steps):
-        """Around the loop: a progress bar in a terminal, and the first Ctrl-C or SIGTERM sets `stopped`."""
+        """Around the loop: a progress bar in a terminal or notebook, and the first Ctrl-C or SIGTERM sets `stopped`."""
 
         def stop(number, frame):
             if (
@@ -845,7 +890,10 @@ class Run:
         main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
         before = [signal.signal(number, stop) for number in numbers]
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not _interactive(), dynamic_ncols=True)
+        size = self.args.batch_size
+        self.bar = tqdm(total=steps * size, initial=step * size, unit=" samples", unit_scale=True, dynamic_ncols=True,
+                        disable=not _interactive() or step == steps,
+                        bar_format="{desc} |{bar}| {percentage:.0f} %, {rate_fmt}, {remaining} left{postfix}")  # fmt: skip
         try:
             yield
         except BaseException:
@@ -862,7 +910,6 @@ class Run:
         It stays on the device and is read every 50 (10) steps on a GPU, so that the loop does not wait for it. Then all
         processes put their statistics together, and stop at the same step where one of them was asked to.
         """
-        self.bar.update()
         every = 50 if WORLD_SIZE == 1 else 10  # the others hear of a signal here alone, and torchrun waits 30 seconds
         if self.device.type == "cpu" or i % every == every - 1 or i + 1 == len(stats) or self.stopped:
             if WORLD_SIZE > 1:
@@ -879,7 +926,9 @@ class Run:
                 if self.skipped_in_a_row == 50:
                     raise self._diverged(f"gradients overflowed in 50 steps in a row, the last {at}")
             self.read = (i + 1) % len(stats)
-            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}{self.knn_shown}", refresh=False)
+        self.bar.set_description_str(f"epoch {epoch}/{self.args.epochs}", refresh=False)
+        self.bar.update(self.args.batch_size)
 
     def _diverged(self, what):
         kept = "; the last checkpoint is whole" if (self.dir / "checkpoint.pt").exists() else ""
@@ -905,9 +954,11 @@ class Run:
         knn = f"  knn {100 * record['knn_acc']:.1f} %" if "knn_acc" in record else ""
         line = (f"epoch {record['epoch']}/{self.args.epochs}  loss {record['loss']:.4f}  spread {record['spread']:.2f}"
                 f"  {record['samples_per_sec']:.0f} samples/s{knn}")  # fmt: skip
+        self.knn_shown = knn.replace("  ", ", ") or self.knn_shown
         if self.bar is None or self.bar.disable:
             print(line, flush=True)
         elif knn:
+            self.bar.set_postfix_str(f"loss {record['loss']:.3f}{self.knn_shown}", refresh=False)
             self.bar.write(line, file=sys.stdout)
         if record["spread"] < 0.05:
             print(f"warning: the embeddings collapse (spread {record['spread']:.3f}, 1 is isotropic)", file=sys.stderr)
@@ -1011,14 +1062,7 @@ class Run:
             self.tracker.log({"final_knn_acc": accuracy})
         else:
             print("no labels in the training or the test images: no kNN accuracy")
-        shown, labels = (test, images.test_labels) if len(test) else (train, images.train_labels)
-        if len(shown) > 2 and self.tracker.run:
-            from sklearn.decomposition import PCA
-
-            points = PCA(2).fit_transform(shown[:10000].numpy())
-            draw_embedding(self.dir / "embedding_2d.png", points, labels[:10000].numpy(), images.class_names, "PCA")
-            self.tracker.log_image("embedding_2d", self.dir / "embedding_2d.png")
-            self.tracker.log_image("views", self.dir / "views.png")
+        self._draw(*((test, images.test_labels) if len(test) else (train, images.train_labels)), images.class_names)
         self.tracker.finish()
         self._unlock()
         judge = (
@@ -1027,6 +1071,24 @@ class Run:
             else ""
         )
         print(f"wrote {path}{judge}")
+
+    def _draw(self, features, labels, class_names):
+        """curves.png and embedding_2d.png, and all pictures to Weights & Biases. Without them a run is whole, too."""
+        try:
+            records = [json.loads(line) for line in (self.dir / "log.jsonl").read_text().splitlines()]
+            if records:
+                draw_curves(self.dir / "curves.png", records)
+            if len(features) > 2:
+                every = slice(None, None, -(-len(features) // 5000))  # of all classes, which may come in order
+                seed_step(self.args.seed, 0, stream=2)
+                u, s, _ = torch.pca_lowrank(features[every], min(6, len(features[every])))
+                draw_embedding(self.dir / "embedding_2d.png", (u * s)[:, :2].numpy(), labels[every].numpy(),
+                               class_names, f"{self.dir.name}: {len(u)} clean images, PCA of the features")  # fmt: skip
+        except Exception as error:
+            print(f"note: a picture could not be drawn ({' '.join(str(error).split())})", file=sys.stderr)
+        for name in ("curves", "embedding_2d", "views"):
+            if (self.dir / f"{name}.png").exists():
+                self.tracker.log_image(name, self.dir / f"{name}.png")
 
 
 def save_torch(path, content):

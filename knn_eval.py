@@ -76,7 +76,7 @@ def knn_sweep(train_features, train_labels, test_features, ks, metric="cosine", 
     search = Search(blocks, range(0, len(train), block), len(train), device)
     predictions = {k: np.empty(len(test), classes.dtype) for k in ks}
     rows = max(1, 2 * BUDGET // (128 * ks[-1] + 24 * len(classes) + 32 * test.shape[1]))
-    for start in tqdm(range(0, len(test), rows), progress, leave=False, disable=None if progress else True):
+    for start in tqdm(range(0, len(test), rows), progress, leave=False, disable=None if progress else True, delay=1):
         queries = _prepare(test[start : start + rows], metric, dtype)
         own = np.arange(start, start + len(queries)) if test_features is None else None
         squared, neighbours = search(queries, ks[-1], own)
@@ -458,7 +458,7 @@ def points_2d(features, args):
 
 def main(args):
     """Evaluate every input, and only then write the files. Returns what each knn.json holds."""
-    from common import Tracker, UserError, atomic_write, check, draw_embedding, pick_device
+    from common import Tracker, UserError, atomic_write, check, draw_embedding, git_commit, pick_device
 
     check(args.ks, "--ks is empty; give one k or more, as in --ks 1 5 20")
     check(min(args.ks) >= 1, f"--ks {min(args.ks)}: every k must be at least 1")
@@ -511,12 +511,12 @@ def main(args):
         raise UserError(f"can not write to {str(together)!r} ({error.strerror}); name another --output") from None
     pictures = {"knn": together / "knn.png"}
     for (path, arrays), (folder, prefix) in zip(data.items(), files):
-        points = points_2d(arrays["test_features"][:5_000], args)
+        every = slice(None, None, -(-len(arrays["test_features"]) // 5_000))  # of all classes, which may come in order
+        points = points_2d(arrays["test_features"][every], args)
         if points is not None:
             picture = pictures[f"embedding_2d/{names[path]}"] = folder / f"{prefix}embedding_2d.png"
             title = f"{names[path]}: test features, {args.embedding_2d.replace('pca', 'PCA').replace('tsne', 't-SNE')}"
-            shown = [name.replace("$", r"\$") for name in arrays["class_names"]]  # matplotlib's sign of mathematics
-            draw_embedding(picture, points, arrays["test_labels"][: len(points)], shown, title)
+            draw_embedding(picture, points, arrays["test_labels"][every], arrays["class_names"], title)
     draw_sweep(pictures["knn"], results, args)
     for result, (folder, prefix) in zip(results, files):
         text = io.StringIO()
@@ -530,7 +530,8 @@ def main(args):
     print("\nwrote", *(folder / f"{prefix}knn.json" for folder, prefix in files), *pictures.values())
 
     tracker = Tracker(args.track, args.wandb_project, args.wandb_entity, together, f"knn-{results[0]['name']}",
-                      {**asdict(args), "runs": {result["name"]: result["meta"] for result in results}})  # fmt: skip
+                      {**asdict(args), "runs": {result["name"]: result["meta"] for result in results},
+                       "command": shlex.join(sys.argv), "commit": git_commit()})  # fmt: skip
     sweeps = {result["name"]: {row["k"]: row["accuracy"] for row in result["sweep"]} for result in results}
     shown = sorted(set().union(*sweeps.values()))
     tracker.log_table("knn", ["k", *sweeps], [[k, *(sweep.get(k) for sweep in sweeps.values())] for k in shown])

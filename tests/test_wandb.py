@@ -84,9 +84,9 @@ def test_what_is_logged(private, run_cli, tiny, method, finished, tmp_path):
     assert any("final_knn_acc" in row for row in history)
     pictures = {key.split(".")[0] for row in history for key, value in row.items()
                 if isinstance(value, dict) and value.get("_type") == "image-file" or value == "image-file"}  # fmt: skip
-    assert pictures == {"embedding_2d", "views"}
+    assert pictures == {"curves", "embedding_2d", "views"}
     files = sorted((place / "files" / "media" / "images").glob("*.png"))
-    assert len(files) == 2
+    assert len(files) == 3
     # Tracking changes nothing.
     with np.load(folder / "embeddings.npz") as mine, np.load(finished(method.__name__) / "embeddings.npz") as theirs:
         assert np.array_equal(mine["test_features"], theirs["test_features"])
