@@ -42,9 +42,9 @@ class Args:
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "ssl"
-    """its project"""
+    """project there"""
     wandb_entity: Optional[str] = None
-    """its user or team"""
+    """user or team there"""
     # data
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "stl10", "folder", "npz"] = "digits"
     """digits needs no download; folder and npz are your own images"""
@@ -57,7 +57,7 @@ class Args:
     encoder: Optional[Literal["resnet10", "resnet18", "resnet34", "resnet50"]] = None
     """torchvision's network, resnet10 with one block a stage; a 3x3 stem without max-pool up to 64 pixels"""
     width: Optional[int] = None
-    """channels of its first stage (64 is torchvision's)"""
+    """channels of the encoder's first stage (64 is torchvision's)"""
     # method
     lambd: Optional[float] = None
     """weight of the off-diagonal terms; the best value depends on --projection-dim"""
@@ -82,9 +82,9 @@ class Args:
     eval_every: int = 10
     """epochs between kNN evaluations on the test split (0: only at the end); nothing is chosen by them"""
     knn_k: int = 20
-    """neighbours of that evaluation"""
+    """neighbours of the kNN evaluation"""
     knn_temperature: Optional[float] = None
-    """weigh its votes by exp(similarity / temperature) (unset: majority)"""
+    """weigh their votes by exp(similarity / temperature) (unset: majority)"""
     checkpoint_every: int = 10
     """epochs between checkpoints"""
 

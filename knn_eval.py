@@ -21,7 +21,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Optional, Tuple
+from typing import Annotated, Literal, Optional, Tuple
 
 import numpy as np
 import sklearn
@@ -191,7 +191,7 @@ class Search:
 class Args:
     """Sweep k over written embeddings: the accuracy of a vote of the k nearest training points on the test points."""
 
-    inputs: tyro.conf.Positional[Tuple[str, ...]] = ()
+    inputs: Annotated[tyro.conf.Positional[Tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()
     """run folders or .npz files (none: every run under runs/)"""
     ks: Tuple[int, ...] = (1, 2, 3, 4, 5, 10, 20, 50, 70, 100, 200, 500, 1000)
     """numbers of neighbours; those above the number of training points are dropped"""
@@ -218,9 +218,9 @@ class Args:
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "ssl"
-    """its project"""
+    """project there"""
     wandb_entity: Optional[str] = None
-    """its user or team"""
+    """user or team there"""
 
 
 PIXEL_KEYS = ("dataset", "data_dir", "image_size")  # what a run's meta names its images by
