@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import METHODS, ROOT, flags
 from PIL import Image
 
@@ -143,7 +144,7 @@ def test_curves_show_the_accuracy_where_there_is_any(tmp_path):
     assert len(colours(tmp_path / "both.png")) > len(colours(tmp_path / "loss.png")) > 0  # a second curve, one point
 
 
-def test_the_embedding_shows_all_classes(tmp_path, monkeypatch):
+def test_the_embedding_shows_all_classes(run_cli, tmp_path, monkeypatch):
     """Of a test set that is sorted by class as a folder's is, and larger than what is drawn; and strange names."""
     names = ["$x", "cat_1", "\u732b", "\udcff", "a" * 200, "b\nc"]
     labels = np.repeat(np.arange(6), 2000)
@@ -154,7 +155,12 @@ def test_the_embedding_shows_all_classes(tmp_path, monkeypatch):
     run = common.Run("simclr", importlib.import_module("simclr").Args(run_dir=str(tmp_path), epochs=0))
     (tmp_path / "log.jsonl").touch()
     run.tracker = common.Tracker(False, None, None, None, None, None)
-    run._draw(common.torch.from_numpy(points), common.torch.from_numpy(labels), names)
-    ((path, shown, of, class_names, title),) = drawn
-    assert len(shown) == len(of) == 4000 and set(np.bincount(of)) == {666, 667}
-    assert path.exists() and len(colours(path)) >= 6
+    run._draw(torch.from_numpy(points), torch.from_numpy(labels), names)
+    assert (tmp_path / "embedding_2d.png").exists()
+    np.savez(tmp_path / "some.npz", train_features=points[::100], train_labels=labels[::100], test_features=points,
+             test_labels=labels, class_names=[name for name in names if name.isprintable()])  # fmt: skip
+    assert run_cli(importlib.import_module("knn_eval"), tmp_path / "some.npz", "--ks", "1").status == 0
+    assert len(drawn) == 2
+    for path, shown, of, _, _ in drawn:
+        assert len(shown) == len(of) == 4000 and set(np.bincount(of)) == {666, 667}
+    assert len(colours(tmp_path / "embedding_2d.png")) >= 6
