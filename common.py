@@ -635,16 +635,17 @@ def draw_curves(path, records):
     judged = [record for record in records if "knn_acc" in record]
     figure = Figure(figsize=(7, 6 if judged else 3.5), layout="constrained")
     axes = figure.subplots(2 if judged else 1, sharex=True, squeeze=False)[:, 0]
-    line = "-" if len(records) > 60 else ".-"
-    axes[0].plot([r["epoch"] for r in records], [r["loss"] for r in records], line, color="tab:blue")
-    axes[0].set(ylabel="loss, mean of the epoch")
-    if judged:
-        axes[1].plot([r["epoch"] for r in judged], [100 * r["knn_acc"] for r in judged], ".-", color="tab:orange")
-        axes[1].set(ylabel="kNN accuracy on the test set in %")
-    axes[-1].set(xlabel="epoch")
-    for part in axes:
+    curves = [
+        (records, "loss", 1, "loss, mean of the epoch"),
+        (judged, "knn_acc", 100, "kNN accuracy on the test set in %"),
+    ]
+    for part, (points, key, scale, label), colour in zip(axes, curves, ("tab:blue", "tab:orange")):
+        line = "-" if len(points) > 60 else ".-"
+        part.plot([point["epoch"] for point in points], [scale * point[key] for point in points], line, color=colour)
+        part.set(ylabel=label)
         part.xaxis.set_major_locator(MaxNLocator(integer=True))
         part.grid(alpha=0.3)
+    axes[-1].set(xlabel="epoch")
     with atomic_write(path) as file:
         figure.savefig(file, dpi=120, format="png")
 
