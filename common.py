@@ -844,9 +844,9 @@ class Run:
         with atomic_write(self.dir / "args.json") as file:
             file.write(json.dumps(config, indent=2).encode())
         print(f"{self.method} on {config['device']} in {precision}: {self.dir}")
-        shown = {k: v for k, v in config["args"].items() if v is not None}
-        print(textwrap.fill("  ".join(f"{k}={v}" for k, v in shown.items()), shutil.get_terminal_size().columns,
-                            initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))  # fmt: skip
+        shown = "  ".join(f"{k}={v}" for k, v in config["args"].items() if v is not None)
+        wrap = dict(initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+        print(textwrap.fill(shown, max(60, shutil.get_terminal_size().columns), **wrap))
         args = self.args
         self.tracker = Tracker(args.track, args.wandb_project, args.wandb_entity, self.dir, self.dir.name, config,
                                self.wandb_id)  # fmt: skip

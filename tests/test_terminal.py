@@ -81,8 +81,9 @@ def test_progress_in_a_terminal(tiny, tmp_path):
     assert len(kept) == 3, text
 
 
-def test_progress_in_a_file(run_cli, tiny, tmp_path):
-    """One line an epoch, and nothing that only a terminal understands."""
+def test_progress_in_a_file(run_cli, tiny, tmp_path, monkeypatch):
+    """One line an epoch, and nothing that only a terminal understands; a terminal may claim to have no columns."""
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((0, 0)))
     result = run_cli(importlib.import_module("simclr"), *flags(**tiny(run_dir=tmp_path / "run", eval_every=2)))
     text = result.out + result.err
     assert result.status == 0 and not re.search(r"[\r\x1b|]", text), text
