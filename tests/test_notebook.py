@@ -17,10 +17,11 @@ README = (ROOT / "README.md").read_text()
 COLAB = README.split("## Colab")[1].split("\n## ")[0]
 CELLS = re.findall(r"^```\n(.*?)\n```$", COLAB, re.DOTALL | re.MULTILINE)
 
-# An assumption: what a Colab runtime of autumn 2025 has, from its published list. Newer ones have newer versions.
-ON_COLAB = {"torch": "2.8.0+cu126", "torchvision": "0.23.0+cu126", "numpy": "2.0.2", "scikit-learn": "1.6.1",
-            "matplotlib": "3.10.0", "tqdm": "4.67.1", "wandb": "0.21.4", "typing-extensions": "4.15.0",
-            "typeguard": "4.4.4"}  # fmt: skip
+# What Google's list says of a GPU runtime: googlecolab/backend-info on GitHub, pip-freeze.gpu.txt of February 2026 (commit
+# 4647a1d). That a runtime of today has these or newer versions is an assumption.
+ON_COLAB = {"torch": "2.10.0+cu128", "torchvision": "0.25.0+cu128", "numpy": "2.0.2", "scikit-learn": "1.6.1",
+            "matplotlib": "3.10.0", "tqdm": "4.67.3", "wandb": "0.25.0", "typing-extensions": "4.15.0",
+            "typeguard": "4.5.1", "docstring-parser": "0.17.0"}  # fmt: skip
 
 
 def test_colab_lacks_nothing_but_tyro():
