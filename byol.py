@@ -51,6 +51,8 @@ class Args:
     """digits needs no download; folder and npz are your own images"""
     data_dir: str = "data"
     """folder of the data set's files; for folder the root of the images; for npz the file"""
+    cache_dir: str = "cache"
+    """where the images of a folder are kept once they are decoded"""
     image_size: Optional[int] = None
     """pixels a side (unset: the images' own, at most 224)"""
     augment: Literal["auto", "photo", "symbol", "none"] = "auto"
@@ -351,8 +353,8 @@ def main(args):
     common.join_processes(device)
     precision = common.pick_precision(args.precision, device)
     run = common.Run("byol", args)
-    images = common.load_images(args.dataset, args.data_dir, args.image_size, device)
-    run.args = args = replace(args, image_size=images.train.shape[2])
+    images = common.load_images(args.dataset, args.data_dir, args.image_size, device, args.cache_dir)
+    run.args = args = replace(args, image_size=images.size)
     steps_per_epoch = common.count_steps(len(images.train), args)
     steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
@@ -377,16 +379,17 @@ def main(args):
     run.start(device, precision, views=[vars(view) for view in views])
     common.seed_step(args.seed, 0, stream=2)
     pictured = images.train[:8].cpu()
-    common.draw_views(run.dir / "views.png", pictured, [v for _ in range(3) for v in two_views(pictured, views)])
+    pairs = [view for _ in range(3) for view in two_views(pictured, views, args.image_size)]
+    common.draw_views(run.dir / "views.png", pictured, pairs)
     model = common.distribute(network, device)
     model = torch.compile(model) if args.compile else model
     autocast = torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision),
                               enabled=precision != "fp32")  # fmt: skip
 
+    batches = common.feed(images.train, args, first_step, device)
     with run.training(first_step, steps):
         for epoch in range(first_step // max(1, steps_per_epoch), args.epochs):
             start, first = time.perf_counter(), max(0, first_step - epoch * steps_per_epoch)
-            order = common.epoch_order(len(images.train), args.batch_size, args.seed, epoch).to(device)
             if first == 0:
                 stats = torch.zeros(steps_per_epoch, 3, device=device)  # of every step: loss, spread, skipped
             for i in range(first, steps_per_epoch):
@@ -395,7 +398,7 @@ def main(args):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 common.seed_step(args.seed, step)
-                v1, v2 = two_views(images.train[order[i]], views, args.image_size, mean, std)
+                v1, v2 = two_views(next(batches), views, args.image_size, mean, std)
                 with autocast:
                     p1, p2, target1, target2, z1 = model(v1, v2)
                 loss = byol_loss(p1, target2) + byol_loss(p2, target1)
