@@ -624,7 +624,14 @@ class OnDisk:
         return len(self.rows)
 
     def __getitem__(self, index):
-        rows = self.rows[index].clone() if isinstance(index, slice) else self.rows[index]
+        if isinstance(index, slice):
+            rows = self.rows[index].clone()
+        else:
+            size, first = math.prod(self.shape[1:]), HEADER + self.rows.storage_offset()
+            for i in index.tolist() if hasattr(mmap, "MADV_WILLNEED") else ():  # ask the disk for all of them at once
+                page = (first + i * size) // mmap.PAGESIZE * mmap.PAGESIZE
+                self.map.madvise(mmap.MADV_WILLNEED, page, first + i * size + size - page)
+            rows = self.rows[index]
         if hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)  # the system's cache of the file stays; it is nobody's memory
         return rows

@@ -387,3 +387,16 @@ def test_raw_pixels_of_a_folder_come_from_its_file(run_cli, small, tmp_path, mon
     monkeypatch.setattr(common, "_memory", lambda: 0)
     result = run_cli(knn_eval, tmp_path / "run", "--pixels", "--ks", 1, 3, "--cache-dir", tmp_path / "cache")
     assert result.status == 0 and "pixels of folder: n_train 48, n_test 12, D 1728" in result.out, result
+
+
+def test_the_benchmark_in_small(tmp_path):
+    """benchmarks/folders.py by its real command: what it counts is what it was told to make."""
+    command = [sys.executable, ROOT / "benchmarks/folders.py", "--photos", 20, "--entries", 60, "--steps", 2, "--blocks", 1,
+               "--batch-size", 4, "--output", tmp_path / "out.json"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["decoding"]["photographs at 96"]["files"] == result["start"]["photographs at 96"]["files"] == 20
+    memory = result["memory"]
+    assert memory["images"] == 60 and memory["bytes_on_disk"] == 4096 + 60 * 3 * memory["side"] ** 2
+    assert 1e8 < memory["peak_bytes"] < 3e9 and 0 <= result["waiting"]["share"] < 1
