@@ -312,15 +312,16 @@ def learning_rate(step, steps, warmup_steps, lr):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def make_optimizer(network, weight_decay, fused=True):
-    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms.
-
-    Not fused where a GradScaler skips steps: PyTorch's fused SGD then puts the overflowed gradient into its momentum.
-    """
+def make_optimizer(network, weight_decay):
+    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms."""
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]  # fmt: skip
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused and trained[0].device.type in ("cpu", "cuda"))
+    fused = trained[0].device.type in ("cpu", "cuda")  # with it a GradScaler skips steps without asking the GPU
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)
+    for p in trained:  # else the fused one leaves its momentum uninitialised where the first step is skipped
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -352,7 +353,7 @@ def main(args):
     encoder, feature_dim = common.build_encoder(args.encoder, args.image_size, args.width)
     network = BarlowTwins(encoder, feature_dim, args.hidden_dim, args.projection_dim, args.projection_layers)
     network.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(network, args.weight_decay, fused=precision != "fp16")
+    optimizer = make_optimizer(network, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     modules = dict(network=network, optimizer=optimizer, scaler=scaler)
 
