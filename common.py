@@ -656,9 +656,13 @@ def ahead(call, items, threads, depth):
             yield waiting.popleft().result()
 
 
+def _is_on(images, device):
+    return isinstance(images, torch.Tensor) and images.device.type == device.type  # "cuda" is not equal to "cuda:0"
+
+
 def take(images, orders, device):
     """Yield images[order] on the device for every order. From memory or disk a thread reads them two steps ahead."""
-    if isinstance(images, torch.Tensor) and images.device == device:
+    if _is_on(images, device):
         yield from (images[order] for order in orders)
         return
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -684,8 +688,8 @@ def feed(images, args, first_step, device):
         steps = len(images) // args.batch_size
         for epoch in range(first_step // max(1, steps), args.epochs):
             order = epoch_order(len(images), args.batch_size, args.seed, epoch)
-            on_device = isinstance(images, torch.Tensor) and images.device == device
-            yield from (order.to(device) if on_device else order)[max(0, first_step - epoch * steps) :]
+            order = order.to(device) if _is_on(images, device) else order  # once an epoch, not at every step
+            yield from order[max(0, first_step - epoch * steps) :]
 
     return take(images, orders(), device)
 

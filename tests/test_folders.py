@@ -309,6 +309,14 @@ def test_the_next_batches_are_read_while_a_step_computes(photos, tmp_path, on_di
         next(batches)
 
 
+def test_images_on_the_device_are_indexed_there(monkeypatch):
+    """A device with an index is the same one as without."""
+    monkeypatch.setattr(common, "ahead", lambda *args, **kwargs: pytest.fail("a thread for nothing"))
+    images, order = torch.arange(4 * 3 * 2 * 2, dtype=torch.uint8).view(4, 3, 2, 2), torch.tensor([2, 0])
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        assert torch.equal(next(common.take(images, [order], device)), images[order])
+
+
 def test_a_run_reads_every_image_once_an_epoch(photos, tmp_path, on_disk):
     images, args = load(photos, tmp_path / "cache"), simclr.Args(batch_size=16, epochs=3, seed=5)
     everything = list(common.feed(images.train, args, 0, torch.device("cpu")))
