@@ -205,6 +205,8 @@ class Args:
     """choose k by leave-one-out on the training points"""
     pixels: bool = False
     """judge the raw pixels of the runs' data sets as well"""
+    cache_dir: str = "cache"
+    """where the runs keep the decoded images of a folder"""
     probe: bool = False
     """fit a linear probe as well: logistic regression on the frozen features, no augmentation"""
     confusion: bool = False
@@ -267,20 +269,23 @@ def read_embeddings(path):
     return data
 
 
-def pixel_data(meta):
+def pixel_data(meta, cache_dir):
     """The raw pixels of the data set that a run's meta names, in the form of read_embeddings. UserError."""
-    from common import UserError, check, load_images
+    from common import UserError, check, load_images, square
 
     try:
         check(4 <= meta["image_size"] <= 1024, f"--pixels: an image size of {meta['image_size']} in the run's meta")
-        images = load_images(meta["dataset"], meta["data_dir"], meta["image_size"])
+        images = load_images(meta["dataset"], meta["data_dir"], meta["image_size"], cache_dir=cache_dir)
     except KeyError:
         raise UserError(f"--pixels: no data set is called {plain(meta['dataset'])!r}, as the run's meta says") from None
     data = {"meta": {key: meta[key] for key in PIXEL_KEYS}, "class_names": images.class_names}
     for part in ("train", "test"):
         pixels, labels = getattr(images, part), getattr(images, f"{part}_labels")
         check((labels != -1).any(), f"--pixels: {meta['dataset']} has no labelled {part} images")
-        pixels = pixels[labels != -1][:, : 1 if images.grey else 3]  # three equal channels tell no more than one
+        pixels = torch.cat(
+            [square(pixels[rows], images.size) for rows in (labels != -1).nonzero().flatten().split(1024)]
+        )
+        pixels = pixels[:, : 1 if images.grey else 3]  # three equal channels tell no more than one
         data[f"{part}_features"], data[f"{part}_labels"] = pixels.flatten(1).numpy(), labels[labels != -1].numpy()
     return data
 
@@ -501,7 +506,7 @@ def main(args):
         named = {str([meta[key] for key in PIXEL_KEYS]): meta for meta in metas}
         check(named, "--pixels needs a run: the meta of its embeddings.npz names the data set, and no input has one")
         for i, meta in enumerate(named.values(), 1):
-            result = evaluate(f"pixels of {meta['dataset']}", pixel_data(meta), args, device)
+            result = evaluate(f"pixels of {meta['dataset']}", pixel_data(meta, args.cache_dir), args, device)
             results.append({**result, "pixels": True})
             files.append((together, f"pixels{i}-" if len(named) > 1 else "pixels-"))
 

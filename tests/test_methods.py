@@ -145,6 +145,32 @@ def test_the_optimizer_decays_weights_only_and_holds_what_is_trained_once(module
     assert sorted(held) == sorted({id(p) for p in network.parameters() if p.requires_grad})
 
 
+@pytest.mark.parametrize("module", METHODS)
+def test_steps_that_a_scaler_skips_leave_no_trace(module):
+    """Overflowing gradients at the first and at a later step: the weights are those of plain SGD without these steps."""
+    torch.manual_seed(0)
+    network = NETWORKS[module](tiny_encoder(), 4, 8, 6)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    copies = [p.detach().clone().requires_grad_() for p in trained]
+    plain = torch.optim.SGD(
+        [dict(params=[p], weight_decay=0.1 * (p.ndim > 1)) for p in copies], 0.05, 0.9, foreach=False
+    )
+    optimizer, scaler = module.make_optimizer(network, 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05
+    for overflows in (True, False, False, True, False):
+        gradients = [torch.randn_like(p) for p in trained]
+        scale = scaler.scale(torch.ones(()))
+        for p, copied, gradient in zip(trained, copies, gradients):
+            p.grad, copied.grad = gradient * scale * (torch.inf if overflows else 1), gradient
+        scaler.step(optimizer)
+        scaler.update()
+        if not overflows:
+            plain.step()
+    for p, copied in zip(trained, copies):
+        torch.testing.assert_close(p, copied)
+
+
 # ---------------------------------------------------------------- networks
 
 
