@@ -188,7 +188,9 @@ def main(args):
     with tempfile.TemporaryDirectory() as place:
         photos = Path(place, "photos")
         photographs(photos, args.photos)
-        result["decoding"] = {"photographs at 96": decoding(photos, 96, args.blocks, place)}
+        result["decoding"] = {
+            f"photographs at {size}": decoding(photos, size, args.blocks, place) for size in (96, 160)
+        }
         result["start"] = {"photographs at 96": starts(photos, 96, place)}
         if args.cifar10:
             result["decoding"]["CIFAR-10 (JPEG)"] = decoding(args.cifar10, 32, args.blocks, place)
