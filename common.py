@@ -311,7 +311,7 @@ def load_images(dataset, data_dir="data", image_size=None, device="cpu", cache_d
 
     some = train[:: math.ceil(math.prod(train.shape) / 2**28)]  # up to 256 MB of them tell the mean and the deviation
     counts = sum(torch.stack([torch.bincount(chunk[:, c].flatten(), minlength=256) for c in range(3)])
-                 for chunk in some.split(4096)).double()  # fmt: skip
+                 for chunk in some.split(max(1, 2**23 // image_size**2))).double()  # fmt: skip
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts * values).sum(1) / counts.sum(1)
     std = ((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt().clamp(min=1e-3)
@@ -626,17 +626,17 @@ class OnDisk:
         return len(self.rows)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            rows = self.rows[index].clone()
-        else:
-            size, first = math.prod(self.shape[1:]), HEADER + self.rows.storage_offset()
-            for i in index.tolist() if hasattr(mmap, "MADV_WILLNEED") else ():  # ask the disk for all of them at once
+        index = index if isinstance(index, torch.Tensor) else torch.arange(len(self))[index]
+        size, first = math.prod(self.shape[1:]), HEADER + self.rows.storage_offset()
+        copies, n = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8), max(1, 2**26 // size)
+        for part, copied in zip(index.split(n), copies.split(n)):
+            for i in part.tolist() if hasattr(mmap, "MADV_WILLNEED") else ():  # ask the disk for all of them at once
                 page = (first + i * size) // mmap.PAGESIZE * mmap.PAGESIZE
                 self.map.madvise(mmap.MADV_WILLNEED, page, first + i * size + size - page)
-            rows = self.rows[index]
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)  # the system's cache of the file stays; it is nobody's memory
-        return rows
+            torch.index_select(self.rows, 0, part, out=copied)
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self.map.madvise(mmap.MADV_DONTNEED)  # the system's cache of the file stays; it is nobody's memory
+        return copies
 
     def part(self, start, end):
         """The images start:end as another one of these."""
