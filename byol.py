@@ -379,7 +379,7 @@ def main(args):
         first_step, stats = run.checkpoint["step"], run.checkpoint["stats"].to(device)
     run.start(device, precision, views=[vars(view) for view in views])
     common.seed_step(args.seed, 0, stream=2)
-    pictured = images.train[:8].cpu()
+    pictured = images.train[:: math.ceil(len(images.train) / 8)].cpu()  # of all classes, which may come in order
     pairs = [view for _ in range(3) for view in two_views(pictured, views, args.image_size)]
     common.draw_views(run.dir / "views.png", pictured, pairs)
     model = common.distribute(network, device)

@@ -77,6 +77,9 @@ def cli(args_class, main):
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.status)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:  # a path too long, a file that may not be read: what is named in it is all there is to say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
