@@ -5,7 +5,7 @@
     python byol.py --dataset folder --data-dir photos --run-dir runs/photos --resume
     python knn_eval.py                                  # judges the runs under runs/ by their nearest neighbours
 
-A run leaves args.json, log.jsonl, views.png, checkpoint.pt, encoder.pt and embeddings.npz in its folder.
+A run leaves args.json, log.jsonl, checkpoint.pt, encoder.pt, embeddings.npz and three pictures in its folder.
 To use the method in your own code, copy this file: all above `main` needs PyTorch only, and `main` needs common.py.
 Implementation details and differences from the paper: README.md, section BYOL.
 """
@@ -43,14 +43,16 @@ class Args:
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "ssl"
-    """its project"""
+    """project there"""
     wandb_entity: Optional[str] = None
-    """its user or team"""
+    """user or team there"""
     # data
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "stl10", "folder", "npz"] = "digits"
     """digits needs no download; folder and npz are your own images"""
     data_dir: str = "data"
     """folder of the data set's files; for folder the root of the images; for npz the file"""
+    cache_dir: str = "cache"
+    """where the images of a folder are kept once they are decoded"""
     image_size: Optional[int] = None
     """pixels a side (unset: the images' own, at most 224)"""
     augment: Literal["auto", "photo", "symbol", "none"] = "auto"
@@ -58,7 +60,7 @@ class Args:
     encoder: Optional[Literal["resnet10", "resnet18", "resnet34", "resnet50"]] = None
     """torchvision's network, resnet10 with one block a stage; a 3x3 stem without max-pool up to 64 pixels"""
     width: Optional[int] = None
-    """channels of its first stage (64 is torchvision's)"""
+    """channels of the encoder's first stage (64 is torchvision's)"""
     # method
     ema: Optional[float] = None
     """decay of the target network, at the start where it rises"""
@@ -85,9 +87,9 @@ class Args:
     eval_every: int = 10
     """epochs between kNN evaluations on the test split (0: only at the end); nothing is chosen by them"""
     knn_k: int = 20
-    """neighbours of that evaluation"""
+    """neighbours of the kNN evaluation"""
     knn_temperature: Optional[float] = None
-    """weigh its votes by exp(similarity / temperature) (unset: majority)"""
+    """weigh their votes by exp(similarity / temperature) (unset: majority)"""
     checkpoint_every: int = 10
     """epochs between checkpoints"""
 
@@ -326,15 +328,16 @@ def learning_rate(step, steps, warmup_steps, lr):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def make_optimizer(network, weight_decay, fused=True):
-    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms.
-
-    Not fused where a GradScaler skips steps: PyTorch's fused SGD then puts the overflowed gradient into its momentum.
-    """
+def make_optimizer(network, weight_decay):
+    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms."""
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]  # fmt: skip
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused and trained[0].device.type in ("cpu", "cuda"))
+    fused = trained[0].device.type in ("cpu", "cuda")  # with it a GradScaler skips steps without asking the GPU
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)
+    for p in trained:  # else the fused one leaves its momentum uninitialised where the first step is skipped
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -351,8 +354,8 @@ def main(args):
     common.join_processes(device)
     precision = common.pick_precision(args.precision, device)
     run = common.Run("byol", args)
-    images = common.load_images(args.dataset, args.data_dir, args.image_size, device)
-    run.args = args = replace(args, image_size=images.train.shape[2])
+    images = common.load_images(args.dataset, args.data_dir, args.image_size, device, args.cache_dir)
+    run.args = args = replace(args, image_size=images.size)
     steps_per_epoch = common.count_steps(len(images.train), args)
     steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
@@ -366,7 +369,7 @@ def main(args):
     encoder, feature_dim = common.build_encoder(args.encoder, args.image_size, args.width)
     network = BYOL(encoder, feature_dim, args.hidden_dim, args.projection_dim, args.projection_layers)
     network.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(network, args.weight_decay, fused=precision != "fp16")
+    optimizer = make_optimizer(network, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     modules = dict(network=network, optimizer=optimizer, scaler=scaler)
 
@@ -376,17 +379,18 @@ def main(args):
         first_step, stats = run.checkpoint["step"], run.checkpoint["stats"].to(device)
     run.start(device, precision, views=[vars(view) for view in views])
     common.seed_step(args.seed, 0, stream=2)
-    pictured = images.train[:8].cpu()
-    common.draw_views(run.dir / "views.png", pictured, [v for _ in range(3) for v in two_views(pictured, views)])
+    pictured = images.train[:: math.ceil(len(images.train) / 8)].cpu()  # of all classes, which may come in order
+    pairs = [view for _ in range(3) for view in two_views(pictured, views, args.image_size)]
+    common.draw_views(run.dir / "views.png", pictured, pairs)
     model = common.distribute(network, device)
     model = torch.compile(model) if args.compile else model
     autocast = torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision),
                               enabled=precision != "fp32")  # fmt: skip
 
+    batches = common.feed(images.train, args, first_step, device)
     with run.training(first_step, steps):
         for epoch in range(first_step // max(1, steps_per_epoch), args.epochs):
             start, first = time.perf_counter(), max(0, first_step - epoch * steps_per_epoch)
-            order = common.epoch_order(len(images.train), args.batch_size, args.seed, epoch).to(device)
             if first == 0:
                 stats = torch.zeros(steps_per_epoch, 3, device=device)  # of every step: loss, spread, skipped
             for i in range(first, steps_per_epoch):
@@ -395,7 +399,7 @@ def main(args):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 common.seed_step(args.seed, step)
-                v1, v2 = two_views(images.train[order[i]], views, args.image_size, mean, std)
+                v1, v2 = two_views(next(batches), views, args.image_size, mean, std)
                 with autocast:
                     p1, p2, target1, target2, z1 = model(v1, v2)
                 loss = byol_loss(p1, target2) + byol_loss(p2, target1)

@@ -4,25 +4,33 @@ Whatever changes a gradient is in the method files. This file feeds them (images
 spread), records (run folder, checkpoint, log, pictures, Weights & Biases) and turns mistakes into one-line errors.
 """
 
+import copy
 import errno
+import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import platform
 import shlex
+import shutil
 import signal
+import stat
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import warnings
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Union
 
 import numpy as np
 import torch
@@ -69,6 +77,9 @@ def cli(args_class, main):
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.status)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:  # a path too long, a file that may not be read: what is named in it is all there is to say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -222,6 +233,16 @@ def gather(z1, z2):
     return *_Gather.apply(torch.stack([z1, z2])).transpose(0, 1).flatten(1, 2), RANK * len(z1)
 
 
+@contextmanager
+def first_of_each_machine_first():
+    """The first process on each machine does what is inside (downloads, decodes), and the others when it is done."""
+    if LOCAL_RANK:
+        dist.barrier()
+    yield
+    if WORLD_SIZE > 1 and not LOCAL_RANK:
+        dist.barrier()
+
+
 def of_all(value):
     """What each process has, in their order, on every process."""
     box = [value] * WORLD_SIZE
@@ -243,55 +264,87 @@ def of_the_first(value):
 
 @dataclass
 class Images:
-    """A data set in memory. Labels are -1 where unlabelled; `mean` and `std` are of the training images in [0, 1]."""
+    """A data set. Labels are -1 where unlabelled; `mean` and `std` are of the training images in [0, 1]."""
 
-    train: torch.Tensor  # uint8 [N, 3, S, S] on the device
+    train: Union[torch.Tensor, "OnDisk"]  # uint8 [N, 3, S, S] on the device, in memory or on disk; S >= size
     train_labels: torch.Tensor  # int64 [N] on the CPU
-    test: torch.Tensor  # uint8 [M, 3, S, S]; M may be 0
+    test: Union[torch.Tensor, "OnDisk"]  # uint8 [M, 3, S, S]; M may be 0
     test_labels: torch.Tensor  # int64 [M]
     class_names: List[str]
+    size: int  # pixels a side of what the encoder sees
     mean: List[float]
     std: List[float]
-    grey: bool  # all training images have three equal channels
+    grey: bool  # the three channels are equal
     train_files: Optional[List[str]] = None  # relative to data_dir, for images that came as files
     test_files: Optional[List[str]] = None
 
 
-def load_images(dataset, data_dir="data", image_size=None, device="cpu"):
-    """Load a data set as uint8 tensors on `device`, square, RGB, `image_size` pixels wide (None: its own size).
+def load_images(dataset, data_dir="data", image_size=None, device="cpu", cache_dir="cache"):
+    """Load a data set as uint8 images, square, RGB, for an encoder that sees `image_size` pixels (None: their own size).
 
-    UserError where the data is missing, broken, or can not be trained on.
+    They lie on the device where they fit, else in memory; a folder's else in the file under cache_dir where each image is
+    kept once it is decoded. UserError where the data is missing, broken, or can not be trained on.
     """
     train_files = test_files = None
-    if dataset == "digits":
-        train, train_labels, test, test_labels = _digits()
-        class_names = [str(i) for i in range(10)]
-    elif dataset == "npz":
-        train, train_labels, test, test_labels = _npz(Path(data_dir))
-        class_names = [str(i) for i in range(int(max([-1, *train_labels, *test_labels])) + 1)]
-    elif dataset == "folder":
+    if dataset == "folder":
         train_files, train_labels, test_files, test_labels, class_names = _list_folder(Path(data_dir))
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # what claims that many pixels is broken
-            image_size = image_size or _usual_size(Path(data_dir), train_files)
-            images = _decode([Path(data_dir) / name for name in train_files + test_files], image_size)
-        train, test = images[: len(train_files)], images[len(train_files) :]
+            images, image_size = _decoded(Path(data_dir), train_files + test_files, image_size, Path(cache_dir))
+        train_files, test_files = ([name for name, *_ in files] for files in (train_files, test_files))
+        train, test = images.part(0, len(train_files)), images.part(len(train_files), len(images))
     else:
-        train, train_labels, test, test_labels, class_names = _torchvision(dataset, data_dir)
-    train, test = torch.as_tensor(train), torch.as_tensor(test)
-    if dataset not in ("folder", "stl10"):  # those two come channels first
-        train, test = _channels_first(train), _channels_first(test)
-    image_size = image_size or min(224, *train.shape[2:])
-    train, test = _square(train, image_size), _square(test, image_size)
-    counts = torch.stack([torch.bincount(train[:, c].flatten(), minlength=256) for c in range(3)]).double()
+        if dataset == "digits":
+            train, train_labels, test, test_labels = _digits()
+            class_names = [str(i) for i in range(10)]
+        elif dataset == "npz":
+            train, train_labels, test, test_labels = _npz(Path(data_dir))
+            class_names = [str(i) for i in range(int(max([-1, *train_labels, *test_labels])) + 1)]
+        else:
+            train, train_labels, test, test_labels, class_names = _torchvision(dataset, data_dir)
+        train, test = torch.as_tensor(train), torch.as_tensor(test)
+        if dataset != "stl10":  # that one comes channels first
+            train, test = _channels_first(train), _channels_first(test)
+        image_size = image_size or min(224, *train.shape[2:])
+        train, test = square(train, image_size), square(test, image_size)
+    labels = [torch.as_tensor(part).long() for part in (train_labels, test_labels)]
+    missing = [name for name, part in zip(("training", "test"), labels) if not (part >= 0).any()]
+    if missing and RANK == 0:
+        print(f"no labels in the {' and the '.join(missing)} images: no kNN accuracy")
+
+    some = train[:: math.ceil(math.prod(train.shape) / 2**28)]  # up to 256 MB of them tell the mean and the deviation
+    counts = sum(torch.stack([torch.bincount(chunk[:, c].flatten(), minlength=256) for c in range(3)])
+                 for chunk in some.split(max(1, 2**23 // image_size**2))).double()  # fmt: skip
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts * values).sum(1) / counts.sum(1)
     std = ((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt().clamp(min=1e-3)
-    grey = bool((train[:, 0] == train[:, 1]).all() and (train[:, 0] == train[:, 2]).all())
-    return Images(
-        train.to(device), torch.as_tensor(train_labels).long(), test.to(device), torch.as_tensor(test_labels).long(),
-        class_names, mean.tolist(), std.tolist(), grey, train_files, test_files,
-    )  # fmt: skip
+    grey = bool((some[:, 0] == some[:, 1]).all() and (some[:, 0] == some[:, 2]).all())
+    train, test = _place([train, test], torch.device(device))
+    return Images(train, labels[0], test, labels[1], class_names, image_size, mean.tolist(), std.tolist(), grey,
+                  train_files, test_files)  # fmt: skip
+
+
+def _place(parts, device):
+    """The images on the device where they fit, else in memory where they do, else where they are."""
+    size, memory = sum(math.prod(part.shape) for part in parts), _memory() / 4
+    room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else memory
+    if size > max(room, memory):
+        return parts
+    moved = []
+    for part in parts:
+        place = torch.empty(part.shape, dtype=torch.uint8, device=device if size <= room else "cpu")
+        for start in range(0, len(part), 1024):
+            place[start : start + 1024] = part[start : start + 1024]
+        moved.append(place)
+    return moved
+
+
+def _memory():
+    """This process's share of the machine's memory in bytes."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except (AttributeError, ValueError):  # Windows
+        return 2**33
 
 
 def _channels_first(images):
@@ -299,7 +352,7 @@ def _channels_first(images):
     return images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None].expand(-1, 3, -1, -1)
 
 
-def _square(images, size):
+def square(images, size):
     """Shorter side of images [N, 3, H, W] resized to `size` with antialiasing; centre square."""
     height, width = images.shape[2:]
     if min(height, width) != size and len(images):
@@ -335,11 +388,8 @@ def _torchvision(dataset, data_dir):
     if dataset != "stl10":
         parts = dict(train=True), dict(train=False)
     try:
-        if LOCAL_RANK:
-            dist.barrier()  # the first process of each machine downloads, the others wait
-        train, test = (data_class(data_dir, download=True, **part) for part in parts)
-        if WORLD_SIZE > 1 and not LOCAL_RANK:
-            dist.barrier()
+        with first_of_each_machine_first():
+            train, test = (data_class(data_dir, download=True, **part) for part in parts)
     except Exception as error:  # no network, a full disk, a damaged archive: many types, one remedy
         reason = " ".join(str(error).split()) or type(error).__name__
         place = Path(data_dir) / (f"{name[dataset]}/raw" if "mnist" in dataset else "")
@@ -412,83 +462,241 @@ IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".web
 
 
 def _list_folder(root):
-    """Files and labels of `train/<class>/*` with `test/` or `val/`, or of any tree of images without labels."""
+    """Files and labels of `train/<class>/*` with `test/` or `val/`, or of any tree of images without labels.
+
+    A file is (name relative to root, bytes, time of its last change).
+    """
     check(root.is_dir(), f"--data-dir {str(root)!r} is no folder; name the root of the images")
     train_root = root / "train" if (root / "train").is_dir() else root
     test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if train_root == root:
         test_root = None
-    found, ignored = [], 0
+    found, parents, ignored = [], [], 0  # parents: the folders of each file below train/ and below test/
     for part in (train_root, test_root):
         files = _find_files(part) if part else []
-        images = [p for p in files if p.suffix.lower() in IMAGE_ENDINGS]
+        images = [file for file in files if os.path.splitext(file[0])[1].lower() in IMAGE_ENDINGS]
         ignored += len(files) - len(images)
-        found.append([p.relative_to(part) for p in images])
+        parents.append([name.split(os.sep)[:-1] for name, *_ in images])
+        below = "" if part in (root, None) else part.name + os.sep
+        found.append([(below + name, *facts) for name, *facts in images])
     if ignored and RANK == 0:
         print(f"ignored {ignored} files whose names do not end like an image's")
-    train, test = found
-    check(train, f"--data-dir {str(root)!r}: no images found in {str(train_root)!r}")
-    loose = [p for p in train if len(p.parts) == 1]
+    check(found[0], f"--data-dir {str(root)!r}: no images found in {str(train_root)!r}")
+    loose = [name for (name, *_), above in zip(found[0], parents[0]) if not above]
     has_classes = train_root != root and not loose
-    if train_root != root and 0 < len(loose) < len(train) and RANK == 0:
-        print(f"no labels: {str(train_root / loose[0])!r} is in no class's folder")
-    class_names = sorted({p.parts[0] for p in train}) if has_classes else []
+    if train_root != root and 0 < len(loose) < len(found[0]) and RANK == 0:
+        print(f"no labels: {str(root / loose[0])!r} is in no class's folder")
+    class_names = sorted({above[0] for above in parents[0]}) if has_classes else []
     check(len(class_names) != 1, f"--data-dir {str(root)!r}: one class only, {class_names[:1]}; "
           "put each class in a folder of its own, or all images in one folder without train/")  # fmt: skip
-    strangers = sorted({p.parts[0] for p in test if len(p.parts) > 1} - set(class_names)) if has_classes else []
+    strangers = sorted({above[0] for above in parents[1] if above} - set(class_names)) if has_classes else []
     check(not strangers, f"{str(test_root)!r} has classes that train/ lacks: {strangers[:5]}")
+    if test_root and not has_classes and any(parents[1]) and RANK == 0:
+        print(f"the classes' folders in {str(test_root)!r} are no labels, since {str(train_root)!r} has none")
     index = {name: i for i, name in enumerate(class_names)}
-    labels = [[index[p.parts[0]] if has_classes and len(p.parts) > 1 else -1 for p in part] for part in found]
-    names = [[str((part_root / p).relative_to(root)) for p in part] for part_root, part in
-             zip((train_root, test_root), found)]  # fmt: skip
-    return names[0], labels[0], names[1], labels[1], class_names
+    labels = [[index[above[0]] if has_classes and above else -1 for above in part] for part in parents]
+    return found[0], labels[0], found[1], labels[1], class_names
 
 
 def _find_files(root):
-    """The files below root, sorted. Links are followed, each folder once; what is hidden (.ipynb_checkpoints) is not."""
-    found, seen = [], set()
+    """(name, bytes, time of the last change) of the files below root, sorted by name.
+
+    Links are followed, each folder once; what is hidden (.ipynb_checkpoints) is not.
+    """
+    found, seen, start = [], set(), len(os.path.join(root, ""))
     for folder, folders, names in os.walk(root, followlinks=True):
         seen.add(os.path.realpath(folder))
         folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(folder, f)) not in seen]
-        paths = [Path(folder, name) for name in names if name[0] != "."]
-        found += [p for p in paths if p.is_file() or not p.exists()]  # a link to nothing is a broken image; no pipes
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                facts = os.stat(path)
+                kept = stat.S_ISREG(facts.st_mode)  # no pipes
+            except OSError:
+                kept, facts = True, os.lstat(path)  # a link to nothing is a broken image
+            if kept and name[0] != ".":
+                found.append((path[start:], facts.st_size, facts.st_mtime_ns))
     return sorted(found)
 
 
-def _usual_size(root, files):
-    """The median shorter side of up to 100 files, at most 224."""
+def _usual_side(root, files):
+    """The median shorter side of up to 100 files in pixels; 224 where none can be read."""
     sides = []
-    for name in files[:: max(1, len(files) // 100)]:
+    for name, *_ in files[:: max(1, len(files) // 100)]:
         try:
             with Image.open(root / name) as image:
                 sides.append(min(image.size))
         except Exception:
             continue  # _decode names it
-    return min(224, int(np.median(sides))) if sides else 224
+    return int(np.median(sides)) if sides else 224
 
 
-def _decode(paths, size):
-    """Decode image files in parallel into uint8 [N, 3, size, size]; every broken file is named in the UserError."""
-    out = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+HEADER = 4096  # bytes before the images in a file of decoded ones
 
-    def decode(i):
+
+def _decoded(root, files, image_size, cache_dir):
+    """The images of `files` below root, from the file under cache_dir where they are kept once they are decoded.
+
+    Returns OnDisk and the image size. They are kept an eighth larger than that, for the crops, where they are as large.
+    The file is decoded anew where an image, the size or this code has changed. UserError.
+    """
+    usual = _usual_side(root, files)
+    image_size = image_size or min(224, usual)
+    side = max(image_size, min(image_size * 8 // 7, usual))
+    images = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    header = json.dumps(dict(version=1, images=images, shape=[len(files), 3, side, side])).encode().ljust(HEADER)
+    size = HEADER + len(files) * 3 * side * side
+    root_hash = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
+    path = (
+        cache_dir / f"{''.join(c if c.isalnum() else '_' for c in root.resolve().name)[:40]}-{root_hash}-{side}.images"
+    )
+
+    def is_whole():
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(HEADER) == header and path.stat().st_size == size
+
+    with first_of_each_machine_first():
         try:
-            with Image.open(paths[i]) as image:
-                image.draft(None, (size, size))  # JPEG: decode at the smallest scale that suffices
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith(("I", "F")):  # 16 bits a pixel: keep the upper 8
-                    image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
-                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-            out[i] = np.asarray(image).transpose(2, 0, 1)
-        except Exception as error:
-            return f"{str(paths[i])!r} is no readable image ({' '.join(str(error).split())}); mend or remove it"
+            new = not cache_dir.exists()
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with _locked(cache_dir):  # of runs that start together one decodes
+                if not is_whole() and not LOCAL_RANK:
+                    if path.exists():
+                        print(f"{str(path)!r} is of other images or another version, or damaged: decoding them anew")
+                    room = shutil.disk_usage(cache_dir).free
+                    check(room > size, f"no room for the decoded images in --cache-dir {str(cache_dir)!r}: they take {size} "
+                          f"bytes, and {room} are free; name another folder, or a smaller --image-size")  # fmt: skip
+                    with atomic_write(path) as file:
+                        file.write(header)
+                        for rows in _decode(root, [name for name, *_ in files], side):
+                            file.write(rows)
+        except BaseException as error:
+            if new and cache_dir.is_dir() and not any(cache_dir.iterdir()):
+                cache_dir.rmdir()
+            if not isinstance(error, OSError):
+                raise
+            raise UserError(f"--cache-dir {str(cache_dir)!r} can not be used: {error.strerror}; name another") from None
+        check(is_whole(), f"{str(path)!r} is not what was decoded: another run has the same --cache-dir; start again")
+        return OnDisk(path, (len(files), 3, side, side)), image_size
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(decode, range(len(paths)))
-        results = list(tqdm(results, "decoding", len(paths), leave=False, disable=not _interactive()))
-    broken = [line for line in results if line]
+
+def _decode(root, names, side):
+    """Decode image files in parallel: yields uint8 [n, 3, side, side] in their order.
+
+    Every broken file is named in the UserError that comes in the end.
+    """
+
+    def decode(name):
+        with Image.open(root / name) as image:
+            image.draft(None, (2 * side, 2 * side))  # JPEG: no larger than a good resize needs (as Pillow's thumbnail)
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # 16 bits a pixel: keep the upper 8
+                image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+            image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def decode_all(names):
+        rows, broken = np.zeros((len(names), 3, side, side), np.uint8), []
+        for i, name in enumerate(names):
+            try:
+                rows[i] = decode(name)
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                broken.append(f"{str(root / name)!r} is no readable image ({reason}); mend or remove it")
+        return rows, broken
+
+    parts, broken = [names[i : i + 32] for i in range(0, len(names), 32)], []
+    with tqdm(total=len(names), desc="decoding", unit="image", leave=False, disable=not _interactive()) as bar:
+        for rows, lines in ahead(decode_all, parts, os.cpu_count() or 1, 2 * (os.cpu_count() or 1)):
+            broken += lines
+            bar.update(len(rows))
+            yield rows
     check(not broken, "\n".join(broken))
-    return out
+
+
+class OnDisk:
+    """uint8 images [N, 3, S, S] in a file: an index or a slice copies those rows into memory, and no more stays there."""
+
+    def __init__(self, path, shape):
+        with open(path, "rb") as file:  # mapped; a private copy only because PyTorch wants to be able to write
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.rows = torch.frombuffer(self.map, dtype=torch.uint8, offset=HEADER).view(shape)
+        self.shape = self.rows.shape
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        index = index if isinstance(index, torch.Tensor) else torch.arange(len(self))[index]
+        size, first = math.prod(self.shape[1:]), HEADER + self.rows.storage_offset()
+        copies, n = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8), max(1, 2**26 // size)
+        for part, copied in zip(index.split(n), copies.split(n)):
+            for i in part.tolist() if hasattr(mmap, "MADV_WILLNEED") else ():  # ask the disk for all of them at once
+                page = (first + i * size) // mmap.PAGESIZE * mmap.PAGESIZE
+                self.map.madvise(mmap.MADV_WILLNEED, page, first + i * size + size - page)
+            torch.index_select(self.rows, 0, part, out=copied)
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self.map.madvise(mmap.MADV_DONTNEED)  # the system's cache of the file stays; it is nobody's memory
+        return copies
+
+    def part(self, start, end):
+        """The images start:end as another one of these."""
+        other = copy.copy(self)
+        other.rows = self.rows[start:end]
+        other.shape = other.rows.shape
+        return other
+
+
+def ahead(call, items, threads, depth):
+    """Yield call(item) for every item in order, computed by threads, up to `depth` of them before they are asked for."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _is_on(images, device):
+    return isinstance(images, torch.Tensor) and images.device.type == device.type  # "cuda" is not equal to "cuda:0"
+
+
+def take(images, orders, device):
+    """Yield images[order] on the device for every order. From memory or disk a thread reads them two steps ahead."""
+    if _is_on(images, device):
+        yield from (images[order] for order in orders)
+        return
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch(order):
+        if not stream:
+            return images[order.cpu()].to(device)
+        with torch.cuda.stream(stream):  # beside the stream that computes
+            batch = images[order.cpu()].pin_memory().to(device, non_blocking=True)
+            stream.synchronize()  # holds up this thread alone
+        return batch
+
+    for batch in ahead(fetch, orders, threads=1, depth=2):
+        if stream:
+            batch.record_stream(torch.cuda.current_stream())  # its memory is not free before the step is done
+        yield batch
+
+
+def feed(images, args, first_step, device):
+    """Yield this process's uint8 images of every step from first_step to the end of the run, on the device."""
+
+    def orders():
+        steps = len(images) // args.batch_size
+        for epoch in range(first_step // max(1, steps), args.epochs):
+            order = epoch_order(len(images), args.batch_size, args.seed, epoch)
+            order = order.to(device) if _is_on(images, device) else order  # once an epoch, not at every step
+            yield from order[max(0, first_step - epoch * steps) :]
+
+    return take(images, orders(), device)
 
 
 # ------------------------------------------------------------------------------------------ encoder and evaluation
@@ -568,15 +776,19 @@ def normalise(images, mean, std):
 
 
 @torch.no_grad()
-def embed(encoder, images, mean, std, batch_size=None):
-    """Features [N, D] float32 of clean uint8 images, by the encoder in eval mode (and its mode put back)."""
+def embed(encoder, images, mean, std, size=None, rows=None, batch_size=None):
+    """Features [N, D] float32 of clean uint8 images, by the encoder in eval mode (and its mode put back).
+
+    images [N, 3, S, S] are resized to `size` (None: S). rows: indices of those to embed, else all.
+    """
     training, device = encoder.training, next(encoder.parameters()).device
-    batch_size = batch_size or max(1, min(500, 2**21 // images.shape[3] ** 2))  # 500 images of 224 pixels fill 5 GB
+    size, rows = size or images.shape[3], torch.arange(len(images)) if rows is None else rows
+    batch_size = batch_size or max(1, min(500, 2**21 // size**2))  # 500 images of 224 pixels fill 5 GB
     encoder.eval()
-    features = [torch.zeros(0, encoder(torch.zeros(1, 3, *images.shape[2:], device=device)).shape[1], device=device)]
-    for chunk in images.split(batch_size):
-        chunk = normalise(chunk.to(device), mean, std).contiguous(memory_format=torch.channels_last)
-        features.append(encoder(chunk).float())
+    features = [torch.zeros(0, encoder(torch.zeros(1, 3, size, size, device=device)).shape[1], device=device)]
+    for batch in take(images, rows.split(batch_size), device):
+        batch = normalise(square(batch, size), mean, std).contiguous(memory_format=torch.channels_last)
+        features.append(encoder(batch).float())
     encoder.train(training)
     return torch.cat(features)
 
@@ -611,33 +823,62 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
 
 
 def draw_views(path, images, views):
-    """A PNG grid: each row one of `images` [N, 3, H, W] and its random views, a list of [N, 3, H, W] in [0, 1]."""
+    """A PNG grid: each row one of the uint8 `images` [N, 3, S, S] and its random views, a list of [N, 3, H, H] in [0, 1]."""
     if RANK:
         return
-    columns = [images.float() / 255 if images.dtype == torch.uint8 else images, *views]
+    columns = [square(images, views[0].shape[3]).float() / 255, *views]
     rows = torch.stack([c.float().cpu().clamp(0, 1) for c in columns], 1).flatten(0, 1)
     rows = F.interpolate(rows, scale_factor=max(1, 64 // rows.shape[2]), mode="nearest")
     grid = torchvision.utils.make_grid(rows, nrow=len(columns), padding=2, pad_value=1.0)
+    gap = torch.ones(3, grid.shape[1], 8)  # between the images and their views
+    grid = torch.cat([grid[:, :, : rows.shape[3] + 2], gap, grid[:, :, rows.shape[3] + 2 :]], dim=2)
     with atomic_write(path) as file:
         Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
 
 
+def draw_curves(path, records):
+    """A PNG of the loss over the epochs and, below it, of the kNN accuracy where it was evaluated."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    judged = [record for record in records if "knn_acc" in record]
+    figure = Figure(figsize=(7, 6 if judged else 3.5), layout="constrained")
+    axes = figure.subplots(2 if judged else 1, sharex=True, squeeze=False)[:, 0]
+    curves = [
+        (records, "loss", 1, "loss, mean of the epoch"),
+        (judged, "knn_acc", 100, "kNN accuracy on the test set in %"),
+    ]
+    for part, (points, key, scale, label), colour in zip(axes, curves, ("tab:blue", "tab:orange")):
+        line = "-" if len(points) > 60 else ".-"
+        part.plot([point["epoch"] for point in points], [scale * point[key] for point in points], line, color=colour)
+        part.set(ylabel=label)
+        part.xaxis.set_major_locator(MaxNLocator(integer=True))
+        part.grid(alpha=0.3)
+    axes[-1].set(xlabel="epoch")
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=120, format="png")
+
+
 def draw_embedding(path, points, labels, class_names, title):
-    """A PNG of points [M, 2] coloured by class."""
+    """A PNG of points [M, 2] coloured by class, in a random order, so that no class covers another."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    def shown(text, most=40):  # `$` is matplotlib's sign of mathematics, and a name that is no text would stop it
+        return str(text)[:most].encode("utf-8", "replace").decode().replace("$", r"\$")
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
-    present = np.unique(labels)
-    colours = matplotlib_colours(len(present))
-    for colour, label in zip(colours, present):
-        chosen = np.asarray(labels) == label
-        name = class_names[label] if 0 <= label < len(class_names) else str(label)
-        axes.scatter(*np.asarray(points)[chosen].T, s=8, color=colour, label=name, alpha=0.7, linewidths=0)
-    if len(present) <= 20:
+    present, ids = np.unique(labels, return_inverse=True)
+    colours, order = matplotlib_colours(len(present)), np.random.default_rng(0).permutation(len(points))
+    axes.scatter(*np.asarray(points)[order].T, s=8, color=colours[ids[order]], alpha=0.7, linewidths=0)
+    for colour, label in zip(colours, present if len(present) <= 20 else ()):
+        name = class_names[label] if 0 <= label < len(class_names) else "unlabelled" if label == -1 else label
+        axes.scatter([], [], s=8, color=colour, label=shown(name))
+    if 1 < len(present) <= 20:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
-    axes.set(title=title, xticks=[], yticks=[])
-    with atomic_write(path) as file:
+    axes.set(title=shown(title, 80), xticks=[], yticks=[])
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that its font lacks
         figure.savefig(file, dpi=120, format="png")
 
 
@@ -680,16 +921,61 @@ def _write_error(path, error):
     return UserError(f"{what}; make room; a training goes on with --resume" if no_room else what, 1 if no_room else 2)
 
 
+def lock(folder, wait):
+    """Lock a folder against other processes, until the returned descriptor is closed or this process ends.
+
+    BlockingIOError where it is locked already and we do not wait. None where there are no locks.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None  # Windows
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # a file system without locks, such as Google Drive's
+
+
+@contextmanager
+def _locked(folder):
+    try:
+        descriptor = lock(folder, wait=False)
+    except BlockingIOError:
+        print(f"waiting for another run that decodes images into {str(folder)!r}")
+        descriptor = lock(folder, wait=True)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _interactive():
     return RANK == 0 and sys.stderr.isatty() or "ipykernel" in type(sys.stdout).__module__
+
+
+def git_commit():
+    """The commit of these files, "-dirty" behind it where files were changed since; None outside of git."""
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 class Run:
     """A run folder: args.json, log.jsonl, checkpoint.pt, and progress, signals and Weights & Biases around them."""
 
     # A resumed run may differ from the first start in these; all else must agree.
-    MAY_CHANGE = {"run_dir", "resume", "device", "precision", "compile", "deterministic", "data_dir", "eval_every", "checkpoint_every",
-                  "knn_k", "knn_temperature", "track", "wandb_project", "wandb_entity"}  # fmt: skip
+    MAY_CHANGE = {"run_dir", "resume", "device", "precision", "compile", "deterministic", "data_dir", "cache_dir",
+                  "eval_every", "checkpoint_every", "knn_k", "knn_temperature", "track", "wandb_project", "wandb_entity"}  # fmt: skip
 
     def __init__(self, method, args):
         """Find the folder and read the checkpoint in it; nothing is written before start(). UserError.
@@ -705,6 +991,7 @@ class Run:
             check(not other, f"process {rank} was started with {', '.join(other)}, unlike process {RANK}")
         self.method, self.args, self.checkpoint, self.before = method, args, None, {}
         self.asked, self.stopped, self.bar, self.lock = 0, 0, None, None
+        self.knn_shown = ""  # on the progress bar, the last accuracy
         self.read, self.skipped_in_a_row = 0, 0  # rows of the epoch's statistics that advance() has seen
         check(args.run_dir or not args.resume, "--resume needs --run-dir: the folder of the run to go on with")
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -773,7 +1060,8 @@ class Run:
             self._lock()
             if not self.args.resume:
                 self._check_empty()
-            for name in ("args.json", "log.jsonl", "views.png", "checkpoint.pt", "encoder.pt", "embeddings.npz"):
+            for name in ("args.json", "log.jsonl", "views.png", "checkpoint.pt", "encoder.pt", "embeddings.npz",
+                         "curves.png", "embedding_2d.png"):  # fmt: skip
                 (self.dir / f".{name}.tmp").unlink(missing_ok=True)  # left by a run that was killed while it wrote
             self.epochs_logged = self.checkpoint["epochs_logged"] if self.checkpoint else 0
             lines = []
@@ -794,13 +1082,15 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": np.__version__},
             "command": shlex.join(sys.argv),
+            "commit": git_commit(),
             "wandb_id": self.wandb_id,
         }  # fmt: skip
         with atomic_write(self.dir / "args.json") as file:
             file.write(json.dumps(config, indent=2).encode())
         print(f"{self.method} on {config['device']} in {precision}: {self.dir}")
-        shown = {k: v for k, v in config["args"].items() if v is not None}
-        print("  " + "  ".join(f"{k}={v}" for k, v in shown.items()))
+        shown = "  ".join(f"{k}={v}" for k, v in config["args"].items() if v is not None)
+        wrap = dict(initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+        print(textwrap.fill(shown, max(60, shutil.get_terminal_size().columns), **wrap))
         args = self.args
         self.tracker = Tracker(args.track, args.wandb_project, args.wandb_entity, self.dir, self.dir.name, config,
                                self.wandb_id)  # fmt: skip
@@ -808,17 +1098,11 @@ class Run:
     def _lock(self):
         """Refuse a second run in the same folder. The lock ends with the process, however that ends."""
         try:
-            import fcntl
-
-            self.lock = os.open(self.dir, os.O_RDONLY)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = lock(self.dir, wait=False)
         except BlockingIOError:
-            self._unlock()
             raise UserError(
                 f"--run-dir {str(self.dir)!r} is in use by another run; wait for it, or name another folder"
-            )
-        except (ImportError, OSError):
-            pass  # Windows, or a file system without locks, such as Google Drive's
+            ) from None
 
     def _unlock(self):
         if self.lock is not None:
@@ -827,7 +1111,7 @@ class Run:
 
     @contextmanager
     def training(self, step, steps):
-        """Around the loop: a progress bar in a terminal, and the first Ctrl-C or SIGTERM sets `stopped`."""
+        """Around the loop: a progress bar in a terminal or notebook, and the first Ctrl-C or SIGTERM sets `stopped`."""
 
         def stop(number, frame):
             if (
@@ -845,7 +1129,10 @@ class Run:
         main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
         before = [signal.signal(number, stop) for number in numbers]
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not _interactive(), dynamic_ncols=True)
+        size = self.args.batch_size
+        self.bar = tqdm(total=steps * size, initial=step * size, unit=" samples", unit_scale=True, dynamic_ncols=True,
+                        disable=not _interactive() or step == steps,
+                        bar_format="{desc} |{bar}| {percentage:.0f} %, {rate_fmt}, {remaining} left{postfix}")  # fmt: skip
         try:
             yield
         except BaseException:
@@ -862,7 +1149,6 @@ class Run:
         It stays on the device and is read every 50 (10) steps on a GPU, so that the loop does not wait for it. Then all
         processes put their statistics together, and stop at the same step where one of them was asked to.
         """
-        self.bar.update()
         every = 50 if WORLD_SIZE == 1 else 10  # the others hear of a signal here alone, and torchrun waits 30 seconds
         if self.device.type == "cpu" or i % every == every - 1 or i + 1 == len(stats) or self.stopped:
             if WORLD_SIZE > 1:
@@ -879,7 +1165,9 @@ class Run:
                 if self.skipped_in_a_row == 50:
                     raise self._diverged(f"gradients overflowed in 50 steps in a row, the last {at}")
             self.read = (i + 1) % len(stats)
-            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}{self.knn_shown}", refresh=False)
+        self.bar.set_description_str(f"epoch {epoch}/{self.args.epochs}", refresh=False)
+        self.bar.update(self.args.batch_size)
 
     def _diverged(self, what):
         kept = "; the last checkpoint is whole" if (self.dir / "checkpoint.pt").exists() else ""
@@ -905,9 +1193,11 @@ class Run:
         knn = f"  knn {100 * record['knn_acc']:.1f} %" if "knn_acc" in record else ""
         line = (f"epoch {record['epoch']}/{self.args.epochs}  loss {record['loss']:.4f}  spread {record['spread']:.2f}"
                 f"  {record['samples_per_sec']:.0f} samples/s{knn}")  # fmt: skip
+        self.knn_shown = knn.replace("  ", ", ") or self.knn_shown
         if self.bar is None or self.bar.disable:
             print(line, flush=True)
         elif knn:
+            self.bar.set_postfix_str(f"loss {record['loss']:.3f}{self.knn_shown}", refresh=False)
             self.bar.write(line, file=sys.stdout)
         if record["spread"] < 0.05:
             print(f"warning: the embeddings collapse (spread {record['spread']:.3f}, 1 is isotropic)", file=sys.stderr)
@@ -974,8 +1264,8 @@ class Run:
         parts = [(images.train, images.train_labels, labelled), (images.test, images.test_labels, judged)]
         args = []
         for part, labels, keep in parts:
-            part = part if keep.all() else part[keep.to(part.device)]
-            args += [embed(encoder, part, images.mean, images.std), labels[keep]]
+            rows = keep.nonzero().flatten()
+            args += [embed(encoder, part, images.mean, images.std, images.size, rows), labels[keep]]
         return {"knn_acc": knn_accuracy(*args, self.args.knn_k, self.args.knn_temperature)}
 
     def finish(self, encoder, images, feature_dim):
@@ -987,7 +1277,8 @@ class Run:
         args, path = self.args, self.dir / "embeddings.npz"
         meta = dict(method=self.method, dataset=args.dataset, data_dir=args.data_dir, image_size=args.image_size,
                     encoder=args.encoder, width=args.width, epochs=args.epochs, seed=args.seed)  # fmt: skip
-        train, test = (embed(encoder, part, images.mean, images.std).cpu() for part in (images.train, images.test))
+        train, test = (embed(encoder, part, images.mean, images.std, images.size).cpu()
+                       for part in (images.train, images.test))  # fmt: skip
         if not (torch.isfinite(train).all() and torch.isfinite(test).all()):
             raise self._diverged("features are not finite")
         save_torch(self.dir / "encoder.pt", dict(
@@ -1009,16 +1300,7 @@ class Run:
                                     images.test_labels[judged], args.knn_k, args.knn_temperature)  # fmt: skip
             print(f"kNN accuracy on the test split (k = {args.knn_k}, cosine): {100 * accuracy:.2f} %")
             self.tracker.log({"final_knn_acc": accuracy})
-        else:
-            print("no labels in the training or the test images: no kNN accuracy")
-        shown, labels = (test, images.test_labels) if len(test) else (train, images.train_labels)
-        if len(shown) > 2 and self.tracker.run:
-            from sklearn.decomposition import PCA
-
-            points = PCA(2).fit_transform(shown[:10000].numpy())
-            draw_embedding(self.dir / "embedding_2d.png", points, labels[:10000].numpy(), images.class_names, "PCA")
-            self.tracker.log_image("embedding_2d", self.dir / "embedding_2d.png")
-            self.tracker.log_image("views", self.dir / "views.png")
+        self._draw(*((test, images.test_labels) if len(test) else (train, images.train_labels)), images.class_names)
         self.tracker.finish()
         self._unlock()
         judge = (
@@ -1027,6 +1309,24 @@ class Run:
             else ""
         )
         print(f"wrote {path}{judge}")
+
+    def _draw(self, features, labels, class_names):
+        """curves.png and embedding_2d.png, and all pictures to Weights & Biases. Without them a run is whole, too."""
+        try:
+            records = [json.loads(line) for line in (self.dir / "log.jsonl").read_text().splitlines()]
+            if records:
+                draw_curves(self.dir / "curves.png", records)
+            if len(features) > 2:
+                every = slice(None, None, -(-len(features) // 5000))  # of all classes, which may come in order
+                seed_step(self.args.seed, 0, stream=2)
+                u, s, _ = torch.pca_lowrank(features[every], min(6, len(features[every])))
+                draw_embedding(self.dir / "embedding_2d.png", (u * s)[:, :2].numpy(), labels[every].numpy(),
+                               class_names, f"{self.dir.name}: {len(u)} clean images, PCA of the features")  # fmt: skip
+        except Exception as error:
+            print(f"note: a picture could not be drawn ({' '.join(str(error).split())})", file=sys.stderr)
+        for name in ("curves", "embedding_2d", "views"):
+            if (self.dir / f"{name}.png").exists():
+                self.tracker.log_image(name, self.dir / f"{name}.png")
 
 
 def save_torch(path, content):

@@ -21,7 +21,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Optional, Tuple
+from typing import Annotated, Literal, Optional, Tuple
 
 import numpy as np
 import sklearn
@@ -76,7 +76,7 @@ def knn_sweep(train_features, train_labels, test_features, ks, metric="cosine", 
     search = Search(blocks, range(0, len(train), block), len(train), device)
     predictions = {k: np.empty(len(test), classes.dtype) for k in ks}
     rows = max(1, 2 * BUDGET // (128 * ks[-1] + 24 * len(classes) + 32 * test.shape[1]))
-    for start in tqdm(range(0, len(test), rows), progress, leave=False, disable=None if progress else True):
+    for start in tqdm(range(0, len(test), rows), progress, leave=False, disable=None if progress else True, delay=1):
         queries = _prepare(test[start : start + rows], metric, dtype)
         own = np.arange(start, start + len(queries)) if test_features is None else None
         squared, neighbours = search(queries, ks[-1], own)
@@ -191,7 +191,7 @@ class Search:
 class Args:
     """Sweep k over written embeddings: the accuracy of a vote of the k nearest training points on the test points."""
 
-    inputs: tyro.conf.Positional[Tuple[str, ...]] = ()
+    inputs: Annotated[tyro.conf.Positional[Tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()
     """run folders or .npz files (none: every run under runs/)"""
     ks: Tuple[int, ...] = (1, 2, 3, 4, 5, 10, 20, 50, 70, 100, 200, 500, 1000)
     """numbers of neighbours; those above the number of training points are dropped"""
@@ -205,6 +205,8 @@ class Args:
     """choose k by leave-one-out on the training points"""
     pixels: bool = False
     """judge the raw pixels of the runs' data sets as well"""
+    cache_dir: str = "cache"
+    """where the runs keep the decoded images of a folder"""
     probe: bool = False
     """fit a linear probe as well: logistic regression on the frozen features, no augmentation"""
     confusion: bool = False
@@ -218,9 +220,9 @@ class Args:
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "ssl"
-    """its project"""
+    """project there"""
     wandb_entity: Optional[str] = None
-    """its user or team"""
+    """user or team there"""
 
 
 PIXEL_KEYS = ("dataset", "data_dir", "image_size")  # what a run's meta names its images by
@@ -267,20 +269,23 @@ def read_embeddings(path):
     return data
 
 
-def pixel_data(meta):
+def pixel_data(meta, cache_dir):
     """The raw pixels of the data set that a run's meta names, in the form of read_embeddings. UserError."""
-    from common import UserError, check, load_images
+    from common import UserError, check, load_images, square
 
     try:
         check(4 <= meta["image_size"] <= 1024, f"--pixels: an image size of {meta['image_size']} in the run's meta")
-        images = load_images(meta["dataset"], meta["data_dir"], meta["image_size"])
+        images = load_images(meta["dataset"], meta["data_dir"], meta["image_size"], cache_dir=cache_dir)
     except KeyError:
         raise UserError(f"--pixels: no data set is called {plain(meta['dataset'])!r}, as the run's meta says") from None
     data = {"meta": {key: meta[key] for key in PIXEL_KEYS}, "class_names": images.class_names}
     for part in ("train", "test"):
         pixels, labels = getattr(images, part), getattr(images, f"{part}_labels")
         check((labels != -1).any(), f"--pixels: {meta['dataset']} has no labelled {part} images")
-        pixels = pixels[labels != -1][:, : 1 if images.grey else 3]  # three equal channels tell no more than one
+        pixels = torch.cat(
+            [square(pixels[rows], images.size) for rows in (labels != -1).nonzero().flatten().split(1024)]
+        )
+        pixels = pixels[:, : 1 if images.grey else 3]  # three equal channels tell no more than one
         data[f"{part}_features"], data[f"{part}_labels"] = pixels.flatten(1).numpy(), labels[labels != -1].numpy()
     return data
 
@@ -458,7 +463,7 @@ def points_2d(features, args):
 
 def main(args):
     """Evaluate every input, and only then write the files. Returns what each knn.json holds."""
-    from common import Tracker, UserError, atomic_write, check, draw_embedding, pick_device
+    from common import Tracker, UserError, atomic_write, check, draw_embedding, git_commit, pick_device
 
     check(args.ks, "--ks is empty; give one k or more, as in --ks 1 5 20")
     check(min(args.ks) >= 1, f"--ks {min(args.ks)}: every k must be at least 1")
@@ -501,7 +506,7 @@ def main(args):
         named = {str([meta[key] for key in PIXEL_KEYS]): meta for meta in metas}
         check(named, "--pixels needs a run: the meta of its embeddings.npz names the data set, and no input has one")
         for i, meta in enumerate(named.values(), 1):
-            result = evaluate(f"pixels of {meta['dataset']}", pixel_data(meta), args, device)
+            result = evaluate(f"pixels of {meta['dataset']}", pixel_data(meta, args.cache_dir), args, device)
             results.append({**result, "pixels": True})
             files.append((together, f"pixels{i}-" if len(named) > 1 else "pixels-"))
 
@@ -511,12 +516,12 @@ def main(args):
         raise UserError(f"can not write to {str(together)!r} ({error.strerror}); name another --output") from None
     pictures = {"knn": together / "knn.png"}
     for (path, arrays), (folder, prefix) in zip(data.items(), files):
-        points = points_2d(arrays["test_features"][:5_000], args)
+        every = slice(None, None, -(-len(arrays["test_features"]) // 5_000))  # of all classes, which may come in order
+        points = points_2d(arrays["test_features"][every], args)
         if points is not None:
             picture = pictures[f"embedding_2d/{names[path]}"] = folder / f"{prefix}embedding_2d.png"
             title = f"{names[path]}: test features, {args.embedding_2d.replace('pca', 'PCA').replace('tsne', 't-SNE')}"
-            shown = [name.replace("$", r"\$") for name in arrays["class_names"]]  # matplotlib's sign of mathematics
-            draw_embedding(picture, points, arrays["test_labels"][: len(points)], shown, title)
+            draw_embedding(picture, points, arrays["test_labels"][every], arrays["class_names"], title)
     draw_sweep(pictures["knn"], results, args)
     for result, (folder, prefix) in zip(results, files):
         text = io.StringIO()
@@ -530,7 +535,8 @@ def main(args):
     print("\nwrote", *(folder / f"{prefix}knn.json" for folder, prefix in files), *pictures.values())
 
     tracker = Tracker(args.track, args.wandb_project, args.wandb_entity, together, f"knn-{results[0]['name']}",
-                      {**asdict(args), "runs": {result["name"]: result["meta"] for result in results}})  # fmt: skip
+                      {**asdict(args), "runs": {result["name"]: result["meta"] for result in results},
+                       "command": shlex.join(sys.argv), "commit": git_commit()})  # fmt: skip
     sweeps = {result["name"]: {row["k"]: row["accuracy"] for row in result["sweep"]} for result in results}
     shown = sorted(set().union(*sweeps.values()))
     tracker.log_table("knn", ["k", *sweeps], [[k, *(sweep.get(k) for sweep in sweeps.values())] for k in shown])

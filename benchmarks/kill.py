@@ -31,7 +31,8 @@ from PIL import Image  # noqa: E402
 import common  # noqa: E402
 
 EPOCHS = 5
-FILES = ("args.json", "log.jsonl", "views.png", "checkpoint.pt", "encoder.pt", "embeddings.npz")
+FILES = ("args.json", "log.jsonl", "views.png", "checkpoint.pt", "encoder.pt", "embeddings.npz", "curves.png",
+         "embedding_2d.png")  # fmt: skip
 FLAGS = ["--dataset", "npz", "--device", "cpu", "--width", "16", "--hidden-dim", "16", "--projection-dim", "16",
          "--batch-size", "32", "--lr", "0.05", "--warmup-epochs", "1", "--eval-every", "2", "--checkpoint-every", "1",
          "--epochs", str(EPOCHS), "--resume"]  # fmt: skip

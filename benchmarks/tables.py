@@ -106,10 +106,41 @@ def ops():
     return rows(["part", "times faster (range of blocks)"], lines)
 
 
+def folders():
+    """Decoding, start-up, memory and waiting with large folders."""
+    result = json.loads((RESULTS / "folders-cpu.json").read_text())
+    lines = [[f"decoding, {name}: images per second and core over those of Pillow alone on one core (range of blocks)",
+              f"{row['ratio']} ({row['lowest']} to {row['highest']}), {row['cores']} cores"]
+             for name, row in result["decoding"].items()]  # fmt: skip
+    lines += [[f"{row['files']:,} files, {name}: second start over first start",
+               f"{row['second_start_s'] / row['first_start_s']:.2f}"] for name, row in result["start"].items()]  # fmt: skip
+    memory, waiting = result["memory"], result["waiting"]
+    lines.append([f"peak memory with {memory['images']:,} images kept at {memory['side']} px on disk "
+                  f"({memory['bytes_on_disk'] / 1e9:.1f} GB)", f"{memory['peak_bytes'] / 1e9:.2f} GB"])  # fmt: skip
+    lines.append([f"share of a step that waits for images (ResNet-18, 96 px, batch {waiting['batch_size']}, from disk)",
+                  f"{100 * waiting['share']:.2f} %"])  # fmt: skip
+    return rows(["what", "measured"], lines)
+
+
+def on_paper():
+    """What larger sets would need at 160 px, by the measured rates."""
+    result = json.loads((RESULTS / "folders-cpu.json").read_text())
+    decoding, start = result["decoding"]["photographs at 160"], result["start"]["photographs at 96"]
+    size, seconds = 3 * decoding["side"] ** 2, start["second_start_s"] / start["files"]
+    lines = []
+    for name, n in (("ImageNet-1k, 1.28 million images", 1.28e6), ("100 million images", 1e8)):
+        hours = n / decoding["images_per_second_and_core"] / 16 / 3600
+        lines.append([name, f"{n * size / 1e12:.2g} TB", f"{hours:.2g} h", f"{n * seconds / 60:.2g} min",
+                      f"{1000 * size / 1e6:.0f} MB/s"])  # fmt: skip
+    return rows(
+        ["", "disk", "decoding once, 16 cores", "listing at every start", "reading, per 1,000 samples/s"], lines
+    )
+
+
 def main(args):
     """Write, or compare."""
     readme = old = (ROOT / "README.md").read_text()
-    tables = {"ops": ops(), **{data: sweep(data) for data in PICTURES}}
+    tables = {"ops": ops(), "folders": folders(), "on_paper": on_paper(), **{data: sweep(data) for data in PICTURES}}
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         readme = re.sub(pattern, lambda found, text=table: f"{found[1]}{text}\n{found[2]}", readme, flags=re.DOTALL)

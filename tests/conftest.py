@@ -74,6 +74,12 @@ def one_graph(function):
     return torch.compile(function, fullgraph=True, backend=both)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Each test in a folder of its own: what goes to runs/ or cache/ by default stays out of the project."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
 @pytest.fixture(params=METHODS)
 def method(request):
     """Each of the three method modules."""

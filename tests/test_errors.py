@@ -361,3 +361,11 @@ def test_features_that_are_not_finite(run_cli, tiny, tmp_path, monkeypatch):
     result = run_cli(simclr, *flags(**tiny(run_dir=tmp_path / "run", epochs=1)))
     assert result.status == 1 and "features are not finite" in result.err and len(result.err.splitlines()) == 1, result
     assert not (tmp_path / "run" / "embeddings.npz").exists() and not (tmp_path / "run" / "encoder.pt").exists()
+
+
+def test_a_reader_that_has_seen_enough(tiny, tmp_path):
+    """`| head -1`: no traceback and no error; the status is a shell's for a broken pipe."""
+    words = " ".join(f"'{word}'" for word in flags(**tiny(run_dir=tmp_path / "run", epochs=300)))
+    command = f"set -o pipefail; {sys.executable} -u {ROOT / 'simclr.py'} {words} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 141 and not done.stderr and len(done.stdout.splitlines()) == 1, done

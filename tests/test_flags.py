@@ -130,8 +130,9 @@ def check_outcome(result, name, folder, named, may_diverge=False):
         if name == "knn_eval":
             assert written == {"knn.json", "knn.csv", "knn.png"}
             return
-        assert written | {"checkpoint.pt"} == {"args.json", "checkpoint.pt", "embeddings.npz", "encoder.pt",
-                                               "log.jsonl", "views.png"}  # fmt: skip
+        assert written | {"checkpoint.pt", "curves.png"} == {  # which --epochs 0 does not write
+            "args.json", "checkpoint.pt", "curves.png", "embedding_2d.png", "embeddings.npz", "encoder.pt",
+            "log.jsonl", "views.png"}  # fmt: skip
         with np.load(folder / "embeddings.npz") as file:
             assert all(np.isfinite(file[f"{part}_features"]).all() for part in ("train", "test"))
         return

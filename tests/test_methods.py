@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import one_graph
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import barlow_twins
 import byol
@@ -146,6 +147,32 @@ def test_the_optimizer_decays_weights_only_and_holds_what_is_trained_once(module
     assert sorted(held) == sorted({id(p) for p in network.parameters() if p.requires_grad})
 
 
+@pytest.mark.parametrize("module", METHODS)
+def test_steps_that_a_scaler_skips_leave_no_trace(module):
+    """Overflowing gradients at the first and at a later step: the weights are those of plain SGD without these steps."""
+    torch.manual_seed(0)
+    network = NETWORKS[module](tiny_encoder(), 4, 8, 6)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    copies = [p.detach().clone().requires_grad_() for p in trained]
+    plain = torch.optim.SGD(
+        [dict(params=[p], weight_decay=0.1 * (p.ndim > 1)) for p in copies], 0.05, 0.9, foreach=False
+    )
+    optimizer, scaler = module.make_optimizer(network, 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05
+    for overflows in (True, False, False, True, False):
+        gradients = [torch.randn_like(p) for p in trained]
+        scale = scaler.scale(torch.ones(()))
+        for p, copied, gradient in zip(trained, copies, gradients):
+            p.grad, copied.grad = gradient * scale * (torch.inf if overflows else 1), gradient
+        scaler.step(optimizer)
+        scaler.update()
+        if not overflows:
+            plain.step()
+    for p, copied in zip(trained, copies):
+        torch.testing.assert_close(p, copied)
+
+
 # ---------------------------------------------------------------- networks
 
 
@@ -275,3 +302,35 @@ def test_without_predictor_or_stop_gradient_the_spread_falls():
     assert healthy > 0.3
     assert train_byol(60, predictor=False) < 0.5 * healthy
     assert train_byol(60, stop_gradient=False) < 0.5 * healthy
+
+
+@pytest.mark.parametrize("module", METHODS)
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # by deepcopy, of the target
+def test_on_a_pretended_gpu(module, monkeypatch):
+    """Fake tensors compute nothing, and complain where one of a CPU meets one of a GPU or where the host asks for a value."""
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
+    device = torch.device("cuda")
+    view = module.View(crop=(0.2, 1), flip_p=0.5, turn=10, shift=0.1, zoom=0.1, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2,
+                       blur_p=0.5, solarize_p=0.2, noise=0.1)  # fmt: skip
+    with FakeTensorMode():
+        images, orders = (
+            torch.zeros(64, 3, 36, 36, dtype=torch.uint8, device=device),
+            torch.randperm(64, device=device),
+        )
+        with device:
+            encoder, feature_dim = common.build_encoder("resnet10", 32, 16)
+            network = NETWORKS[module](encoder, feature_dim, 16, 12)
+        mean, std = (torch.tensor([0.1, 0.2, 0.3], device=device).view(3, 1, 1) for _ in range(2))
+        v1, v2 = module.two_views(next(common.take(images, orders.view(4, 16), device)), (view, view), 32, mean, std)
+        out = network(v1, v2)
+        if module is byol:
+            loss = byol.byol_loss(out[0], out[3]) + byol.byol_loss(out[1], out[2])
+            byol.ema_update(network.target, network.online, 0.99)
+        elif module is simclr:
+            loss = simclr.info_nce(*out, 0.5, common.gather(*out))
+        else:
+            loss = barlow_twins.barlow_twins_loss(*common.gather(*out)[:2], 0.005)
+        row = torch.stack([loss, common.spread(out[0]), torch.zeros((), device=device)])
+        features = common.embed(encoder, images, [0.1] * 3, [0.2] * 3, 32, torch.arange(3))
+        assert {t.device.type for t in (v1, v2, loss, row, features)} == {"cuda"}
+        assert v1.shape == (16, 3, 32, 32) and features.shape == (3, feature_dim)

@@ -43,7 +43,8 @@ def train(module, tiny, folder, **changes):
 def test_files_of_a_finished_run(method, finished, tiny):
     folder = finished(method.__name__)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "args.json", "checkpoint.pt", "embeddings.npz", "encoder.pt", "log.jsonl", "views.png"]  # fmt: skip
+        "args.json", "checkpoint.pt", "curves.png", "embedding_2d.png", "embeddings.npz", "encoder.pt", "log.jsonl",
+        "views.png"]  # fmt: skip
 
     config = json.loads((folder / "args.json").read_text())
     assert config["method"] == method.__name__ and config["device"] == "cpu" and config["precision"] == "fp32"
@@ -74,7 +75,7 @@ def test_files_of_a_finished_run(method, finished, tiny):
 
     with Image.open(folder / "views.png") as picture:
         picture.load()
-        assert picture.mode == "RGB" and picture.width == 7 * 66 + 2 and picture.height == 8 * 66 + 2
+        assert picture.mode == "RGB" and picture.width == 7 * 66 + 2 + 8 and picture.height == 8 * 66 + 2
 
 
 def test_encoder_file_rebuilds_the_features(method, finished, tiny):

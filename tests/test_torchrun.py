@@ -190,6 +190,15 @@ def test_what_is_refused_is_said_once(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_more_processes_than_gpus(refused, tiny, monkeypatch):
+    for name, value in (("WORLD_SIZE", 2), ("RANK", 1), ("LOCAL_RANK", 1)):
+        monkeypatch.setattr(common, name, value)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # in which the first process would speak
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refused(importlib.import_module("simclr"), *flags(**tiny(device="cuda")), says=["1 GPUs", "--nproc-per-node"])
+
+
 def test_processes_with_different_arguments(tiny, tmp_path):
     """As on two machines whose commands differ: the flag is named, and nothing is written."""
     script = tmp_path / "start.py"

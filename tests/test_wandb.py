@@ -1,15 +1,21 @@
 """--track against the real wandb in offline mode, read back from what it wrote; and that the training survives it."""
 
 import importlib
+import itertools
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT, flags
+
+import byol
+import common
 
 wandb = pytest.importorskip("wandb")
 pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
@@ -71,6 +77,8 @@ def test_what_is_logged(private, run_cli, tiny, method, finished, tmp_path):
     assert result.status == 0 and "note:" not in result.err, result
     ((identity, config, history, project, place),) = read_back(folder)
     assert project == "proj" and config["method"] == method.__name__ and config["args"]["lr"] == 0.05
+    assert config["command"].startswith(f"{method.__name__}.py --dataset npz") and "--track" in config["command"]
+    assert config["commit"] == common.git_commit()  # None where the files are not in git
     by_epoch = {row["epoch"]: row for row in history if "epoch" in row}
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert sorted(by_epoch) == [1, 2, 3]
@@ -84,9 +92,9 @@ def test_what_is_logged(private, run_cli, tiny, method, finished, tmp_path):
     assert any("final_knn_acc" in row for row in history)
     pictures = {key.split(".")[0] for row in history for key, value in row.items()
                 if isinstance(value, dict) and value.get("_type") == "image-file" or value == "image-file"}  # fmt: skip
-    assert pictures == {"embedding_2d", "views"}
+    assert pictures == {"curves", "embedding_2d", "views"}
     files = sorted((place / "files" / "media" / "images").glob("*.png"))
-    assert len(files) == 2
+    assert len(files) == 3
     # Tracking changes nothing.
     with np.load(folder / "embeddings.npz") as mine, np.load(finished(method.__name__) / "embeddings.npz") as theirs:
         assert np.array_equal(mine["test_features"], theirs["test_features"])
@@ -94,8 +102,6 @@ def test_what_is_logged(private, run_cli, tiny, method, finished, tmp_path):
 
 def test_a_resumed_run_goes_on_in_the_same_one(private, run_cli, tiny, tmp_path, monkeypatch):
     import signal
-
-    import common
 
     advance = common.Run.advance
 
@@ -113,6 +119,66 @@ def test_a_resumed_run_goes_on_in_the_same_one(private, run_cli, tiny, tmp_path,
     assert first[0] == second[0] and first[0]
     assert [row["epoch"] for row in first[2] if "epoch" in row] == [1]
     assert [row["epoch"] for row in second[2] if "epoch" in row] == [2, 3]
+
+
+def test_the_k_sweep_is_logged(private, run_cli, finished, tmp_path):
+    """knn_eval.py --track: the accuracy of each k as curve and table, the chosen k, the pictures, command and commit."""
+    knn_eval = importlib.import_module("knn_eval")
+    words = [finished("simclr"), "--ks", "1", "5", "20", "--output", tmp_path / "out", "--track"]
+    assert run_cli(knn_eval, *words).status == 0
+    sweep = {row["k"]: row for row in json.loads((tmp_path / "out" / "knn.json").read_text())["sweep"]}
+    ((_, config, history, project, place),) = read_back(tmp_path / "out")
+    assert project == "ssl" and config["ks"] == [1, 5, 20] and config["runs"]["simclr"]["epochs"] == 3
+    assert config["command"].startswith("knn_eval.py ") and config["commit"] == common.git_commit()
+    curve = {row["k"]: row["knn/simclr"] for row in history if "k" in row}
+    assert curve == {k: pytest.approx(row["accuracy"]) for k, row in sweep.items()} and len(curve) == 3
+    assert any("chosen_k/simclr" in row for row in history)
+    pictures = [path.name for path in (place / "files" / "media" / "images").rglob("*.png")]
+    assert sorted(name.split("_")[0] for name in pictures) == ["knn", "simclr"], pictures
+    (table,) = (place / "files" / "media" / "table").glob("*.json")
+    assert [row[0] for row in json.loads(table.read_text())["data"]] == [1, 5, 20]
+
+
+def test_the_commit_is_that_of_the_files(tmp_path, monkeypatch):
+    """Clean, changed since, and outside of git."""
+    git = shutil.which("git") or pytest.skip("needs git")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(common, "__file__", str(shutil.copy(ROOT / "common.py", tmp_path)))
+    assert common.git_commit() is None
+    run = [git, "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "common.py"], ["commit", "-qm", "a"], ["tag", "v1"]):
+        subprocess.run([*run, *words], cwd=tmp_path, check=True)
+    head = subprocess.run([git, "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    assert common.git_commit() == head and len(head) == 40
+    (tmp_path / "common.py").write_text("")
+    assert common.git_commit() == f"{head}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert common.git_commit() is None  # git is not installed
+
+
+def test_a_sweep_gives_flags_that_byol_takes():
+    """The commands that W&B's agent would build from benchmarks/ema-sweep.yaml, by its own functions."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    config = utils.load_sweep_config(str(ROOT / "benchmarks" / "ema-sweep.yaml"))
+    assert config["method"] == "grid" and config["program"] == "byol.py" and (ROOT / config["program"]).exists()
+    assert set(config) <= {"program", "method", "metric", "parameters", "command", "name", "description", "project"}
+    assert config["metric"]["goal"] in ("maximize", "minimize")
+    assert f'"{config["metric"]["name"]}":' in (ROOT / "common.py").read_text()
+    values = [parameter["values"] for parameter in config["parameters"].values()]
+    assert all(isinstance(v, list) and len(v) == len(set(v)) > 1 for v in values)
+    seen = set()
+    for chosen in itertools.product(*values):
+        parameters = {name: {"value": value} for name, value in zip(config["parameters"], chosen)}
+        words = utils.create_sweep_command_args({"args": parameters})
+        words |= {"env": ["/usr/bin/env"], "program": [config["program"]]}
+        command = []
+        for part in utils.create_sweep_command(config["command"]):
+            command += words[part[2:-1]] if part.startswith("${") else [part]
+        assert command[:3] == ["/usr/bin/env", "python", "byol.py"]
+        args = tyro.cli(byol.Args, args=command[3:])
+        assert args.track
+        seen.add((args.ema, args.seed))
+    assert seen == set(itertools.product(*values)) and len(seen) > 2
 
 
 # ------------------------------------------------------------------------------------------ failures
