@@ -1,14 +1,14 @@
-"""CIFAR-10 by the recipes of the three methods, with the real commands: kNN accuracy, time and memory, a JSON line a run.
+"""CIFAR-10 by the recipes of the three methods, by the real commands: kNN accuracy, time and memory, a JSON line a run.
 
-    python benchmarks/cifar10.py                                                  # downloads it; seeds 1, 2, 3
-    python benchmarks/cifar10.py --dataset folder --data-dir cifar10-jpeg         # a folder with train/ and test/
-    python benchmarks/cifar10.py --methods byol --seeds 1 --holdout 500 --extra="--lr 0.5"      # tuning: see below
-    python benchmarks/cifar10.py --methods simclr --seeds 1 --runs runs/cifar10   # keeps the run; once more goes on with it
+    python benchmarks/cifar10.py                                                # downloads it; seeds 1, 2, 3
+    python benchmarks/cifar10.py --dataset folder --data-dir cifar10-jpeg       # a folder with train/ and test/
+    python benchmarks/cifar10.py --methods byol --holdout 500 --extra="--lr 0.5"  # tuning: see below
+    python benchmarks/cifar10.py --methods simclr --runs runs/cifar10           # keeps runs; goes on with what is there
 
-Each run is `python <method>.py`, then `python knn_eval.py` twice: all k by majority, k chosen by leave-one-out; and k = 200
-with votes exp(similarity / 0.1), the setting in which others report. The last encoder is judged, not the best of an epoch.
-With --holdout the test images are never read by a network: that many training images of each class, the same ones for every
-run, stand in for them.
+Each run is `python <method>.py`, then `python knn_eval.py` twice: all k by majority, k chosen by leave-one-out; and
+k = 200 with votes exp(similarity / 0.1), as others report it. What is judged is the last encoder, not the best of the
+epochs. With --holdout no network sees the test images: so many training images of each class, the same ones for every
+run, are not trained on and stand in for them.
 """
 
 import json
@@ -40,8 +40,8 @@ path, sys.argv = sys.argv[1], sys.argv[2:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    peak = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if torch.cuda.is_initialized() else None
-    json.dump(peak, open(path, "w"))
+    gpu = torch.cuda.is_initialized()
+    json.dump([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if gpu else None, open(path, "w"))
 """
 
 
@@ -85,7 +85,7 @@ def hold_out(args, path):
 
 
 def train(script, flags, folder):
-    """The real command in a process of its own. Returns its wall time and its peak bytes on the GPU, None without one."""
+    """The real command in a process of its own. Returns its wall time and its peak bytes on the GPU, or None."""
     memory, start = Path(folder, "memory.json"), time.perf_counter()
     command = [sys.executable, "-c", WITH_MEMORY, str(memory), str(ROOT / script), *flags]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -139,8 +139,8 @@ def main(args):
                     line = one_run(args, method, seed, place, own)
                 with open(args.output, "a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(f"{method} seed {seed}: k = {line['chosen_k']} {100 * line['chosen_k_accuracy']:.2f} %, softmax 200 "
-                      f"{100 * line['softmax_200_accuracy']:.2f} %, {line['train_seconds']} s, "
+                print(f"{method} seed {seed}: k = {line['chosen_k']} {100 * line['chosen_k_accuracy']:.2f} %, "
+                      f"softmax 200 {100 * line['softmax_200_accuracy']:.2f} %, {line['train_seconds']} s, "
                       f"{line['samples_per_sec']} samples/s", flush=True)  # fmt: skip
 
 

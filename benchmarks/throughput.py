@@ -1,22 +1,23 @@
 """Samples per second of the three scripts' own training step, beside its parts and beside the same work in lightly.
 
-    python benchmarks/throughput.py --compile --output benchmarks/results/throughput-h200.json       # a GPU, full size
-    python benchmarks/throughput.py --no-lightly --methods simclr --variant="--compile" --profile     # eager against compiled
-    python benchmarks/throughput.py --batch-size 32 --images 640 --warmup 2 --steps 2 --blocks 6                     # a CPU
+    python benchmarks/throughput.py --compile --output benchmarks/results/throughput-h200.json  # a GPU, full size
+    python benchmarks/throughput.py --no-lightly --variant="--compile" --profile                # eager against compiled
+    python benchmarks/throughput.py --batch-size 32 --images 640 --warmup 2 --steps 2 --blocks 6  # a CPU
 
 A sample is one image, two views. The contenders of a method:
 
 - step: the script's own main(args), evaluation off, paused between turns after a step of its loop;
-- model: the same with the views of the first batch kept, so that what is left is forward, loss, backward and update;
+- model: the same with the views of the first batch kept, so that forward, loss, backward and update are left;
 - views: the script's two_views alone, called as the script calls it;
 - variant: main(args) with the flags of --variant as well;
-- lightly tuned, lightly shipped: lightly's transform in a DataLoader, its heads and its loss (pip install lightly), with the
-  same encoder, widths, batch size, parameters of the views and batches that BatchNorm sees. Shipped: float32, 8 workers, as
-  its examples have it. Tuned: the script's precision (and --compile), channels_last, a persistent worker a core, pinned memory;
+- lightly tuned, lightly shipped: lightly's transform in a DataLoader, its heads and its loss, with the same encoder,
+  widths, batch size, parameters of the views, and batches that BatchNorm sees. Shipped: float32 and 8 workers, as its
+  examples. Tuned: the script's precision (and --compile), channels_last, a persistent worker a core, pinned memory;
 - again: step once more, which shows the noise.
 
-All are warmed up and then take turns in one process in the order A B C C B A, a block. A block gives one ratio of each pair;
-what is reported is their geometric mean with a 95 % t-interval over the blocks.
+All are warmed up, and then take turns in one process in the order A B C C B A: a block, which gives one ratio of each
+pair. What is reported is their geometric mean with a 95 % t-interval over the blocks. lightly (github.com/lightly-ai)
+is not among the requirements: install it, or leave it out by --no-lightly.
 """
 
 import contextlib
@@ -230,12 +231,13 @@ class Lightly:
         transforms = [BYOLView1Transform(
             input_size=a["image_size"], cj_prob=view.jitter_p, cj_strength=1.0, cj_bright=view.jitter[0],
             cj_contrast=view.jitter[1], cj_sat=view.jitter[2], cj_hue=view.jitter[3], min_scale=view.crop[0],
-            random_gray_scale=view.grey_p, gaussian_blur=view.blur_p, solarization_prob=view.solarize_p, hf_prob=view.flip_p,
-            normalize=normalize) for view in views]  # fmt: skip
+            random_gray_scale=view.grey_p, gaussian_blur=view.blur_p, solarization_prob=view.solarize_p,
+            hf_prob=view.flip_p, normalize=normalize) for view in views]  # fmt: skip
         workers = len(os.sched_getaffinity(0)) if tuned else SHIPPED_WORKERS
         more = dict(persistent_workers=True, pin_memory=device.type == "cuda") if tuned else {}
-        self.loader = torch.utils.data.DataLoader(PilImages(images, BYOLTransform(*transforms)), a["batch_size"],
-                                                  shuffle=True, drop_last=True, num_workers=workers, **more)  # fmt: skip
+        dataset = PilImages(images, BYOLTransform(*transforms))
+        more.update(shuffle=True, drop_last=True, num_workers=workers)
+        self.loader = torch.utils.data.DataLoader(dataset, a["batch_size"], **more)
         self.lead = 2 * workers  # so many batches the workers have made before the turn
         self.batches = self.endless()
         torch.manual_seed(a["seed"])
@@ -400,10 +402,10 @@ def measure(method, args, data, folder, device):
         contender.run(max(1, args.warmup // 2))
         memory[name].started()
         few = max(1, args.warmup - args.warmup // 2)
-        rate = timed(contender, few, device) / few
-        steps = args.steps or max(1, math.ceil(args.seconds / rate))
+        seconds = timed(contender, few, device) / few
+        steps = args.steps or max(1, math.ceil(args.seconds / seconds))
         found[name] = dict(steps_a_turn=steps, first_step_seconds=round(first, 3), seconds=0.0, rates=[])
-        time.sleep(contender.lead * rate)
+        time.sleep(contender.lead * seconds)
 
     add("step", lambda: Script(method, flags("step")))
     config = json.loads(Path(folder, f"{method}-step", "args.json").read_text())

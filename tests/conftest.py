@@ -41,8 +41,8 @@ def flags(**values):
 
 # Methods of a tensor that read it, and operators that ask the device for a value, or for a shape that depends on one.
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"}
-WAITS = {"_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2",
-         "unique_consecutive", "bincount", "repeat_interleave"}  # fmt: skip
+WAITS = {"_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "is_nonzero", "equal", "unique_dim",
+         "_unique2", "unique_consecutive", "bincount", "repeat_interleave"}  # fmt: skip
 
 
 def waits(operator, args):
@@ -53,7 +53,7 @@ def waits(operator, args):
 
 
 def one_graph(function):
-    """The function compiled as one graph, forward and backward, in which nothing waits: else an error when it is called.
+    """The function compiled as one graph, forward and backward, in which nothing waits: else a call is an error.
 
     fullgraph alone does not see to the second: PyTorch traces .item() and boolean masks into the graph.
     """

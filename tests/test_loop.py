@@ -81,8 +81,8 @@ def colour_npz(tmp_path_factory):
 @pytest.mark.parametrize("augment, precision", [("photo", "fp32"), ("symbol", "bf16")])
 def test_the_loop_never_waits(method, tiny, colour_npz, tmp_path, monkeypatch, augment, precision):
     size = 66 if augment == "photo" else 8  # above 64 pixels photos are blurred, too
-    run_watched(method, tiny, tmp_path / "run", monkeypatch, "cpu", augment=augment, precision=precision, data_dir=colour_npz,
-                image_size=size, encoder="resnet10")  # fmt: skip
+    run_watched(method, tiny, tmp_path / "run", monkeypatch, "cpu", augment=augment, precision=precision,
+                data_dir=colour_npz, image_size=size, encoder="resnet10")  # fmt: skip
 
 
 @pytest.mark.parametrize("wait", [

@@ -261,8 +261,8 @@ def test_views_and_networks_are_one_graph(module):
     """No host synchronisation and no shape that depends on data."""
     images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
 
-    every = module.View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2, blur_p=0.5, solarize_p=0.2,
-                        turn=10, shift=0.1, zoom=0.1, noise=0.1)  # fmt: skip
+    every = module.View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2, blur_p=0.5,
+                        solarize_p=0.2, turn=10, shift=0.1, zoom=0.1, noise=0.1)  # fmt: skip
     for views, size in (((every, every), 16), (module.AUGMENT["photo"], 12)):
         v1, v2 = one_graph(lambda x: module.two_views(x, views, size, 0.5, 0.2))(images)
         assert v1.shape == v2.shape == (16, 3, size, size)
