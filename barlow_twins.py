@@ -313,7 +313,7 @@ def learning_rate(step, steps, warmup_steps, lr):
 
 
 def make_optimizer(network, weight_decay):
-    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms."""
+    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms. The network is on its device already."""
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]  # fmt: skip
@@ -338,7 +338,7 @@ def main(args):
     common.join_processes(device)
     precision = common.pick_precision(args.precision, device)
     run = common.Run("barlow_twins", args)
-    images = common.load_images(args.dataset, args.data_dir, args.image_size, device, args.cache_dir)
+    images = run.images = common.load_images(args.dataset, args.data_dir, args.image_size, device, args.cache_dir)
     run.args = args = replace(args, image_size=images.size)
     steps_per_epoch = common.count_steps(len(images.train), args)
     steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)

@@ -72,6 +72,7 @@ def cli(args_class, main):
     argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]
     try:
         main(tyro.cli(args_class, args=argv))
+        sys.stdout.flush()  # here, where what goes wrong is said
     except UserError as error:
         _let_the_first_speak()
         for line in str(error).splitlines():
@@ -307,6 +308,7 @@ def load_images(dataset, data_dir="data", image_size=None, device="cpu", cache_d
             train, test = _channels_first(train), _channels_first(test)
         image_size = image_size or min(224, *train.shape[2:])
         train, test = square(train, image_size), square(test, image_size)
+    check(image_size >= 4, f"the images are {image_size} pixels a side; give --image-size 4 or more")
     labels = [torch.as_tensor(part).long() for part in (train_labels, test_labels)]
     missing = [name for name, part in zip(("training", "test"), labels) if not (part >= 0).any()]
     if missing and RANK == 0:
@@ -341,10 +343,13 @@ def _place(parts, device):
 
 def _memory():
     """This process's share of the machine's memory in bytes."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    except (AttributeError, ValueError):  # Windows
+    if not hasattr(os, "sysconf"):  # Windows
         return 2**33
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        text = path.read_text().strip() if path.exists() else ""  # a container's own limit
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _channels_first(images):
@@ -504,9 +509,19 @@ def _find_files(root):
     Links are followed, each folder once; what is hidden (.ipynb_checkpoints) is not.
     """
     found, seen, start = [], set(), len(os.path.join(root, ""))
-    for folder, folders, names in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(folder, f)) not in seen]
+
+    def unreadable(error):
+        raise UserError(f"{error.filename!r} can not be read ({error.strerror}); mend or remove it")
+
+    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = sorted(
+            f
+            for f in folders
+            if f[0] != "." and real not in seen and not os.path.exists(os.path.join(folder, f, "args.json"))
+        )  # a run's pictures
+        names = names if real not in seen else ()
+        seen.add(real)
         for name in names:
             path = os.path.join(folder, name)
             try:
@@ -560,18 +575,24 @@ def _decoded(root, files, image_size, cache_dir):
     with first_of_each_machine_first():
         try:
             new = not cache_dir.exists()
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            with _locked(cache_dir):  # of runs that start together one decodes
-                if not is_whole() and not LOCAL_RANK:
-                    if path.exists():
-                        print(f"{str(path)!r} is of other images or another version, or damaged: decoding them anew")
-                    room = shutil.disk_usage(cache_dir).free
-                    check(room > size, f"no room for the decoded images in --cache-dir {str(cache_dir)!r}: they take {size} "
-                          f"bytes, and {room} are free; name another folder, or a smaller --image-size")  # fmt: skip
-                    with atomic_write(path) as file:
-                        file.write(header)
-                        for rows in _decode(root, [name for name, *_ in files], side):
-                            file.write(rows)
+            if not is_whole() and not LOCAL_RANK:
+                cache_dir.mkdir(parents=True, exist_ok=True)
+                with _locked(cache_dir) as alone:
+                    cache_dir.mkdir(exist_ok=True)  # the run that we waited for has removed it where it failed
+                    if not is_whole():  # nor has it decoded the same images
+                        if path.exists():
+                            print(
+                                f"{str(path)!r} is of other images or another version, or damaged: decoding them anew"
+                            )
+                        for left in cache_dir.glob(f".{path.name}.*.tmp") if alone else ():
+                            left.unlink()  # by a run that was killed
+                        room = shutil.disk_usage(cache_dir).free
+                        check(room > size, f"no room for the decoded images in --cache-dir {str(cache_dir)!r}: they take "
+                              f"{size} bytes, and {room} are free; name another folder, or a smaller --image-size")  # fmt: skip
+                        with atomic_write(path, f".{os.urandom(4).hex()}") as file:  # without locks two may decode
+                            file.write(header)
+                            for rows in _decode(root, [name for name, *_ in files], side):
+                                file.write(rows)
         except BaseException as error:
             if new and cache_dir.is_dir() and not any(cache_dir.iterdir()):
                 cache_dir.rmdir()
@@ -592,7 +613,9 @@ def _decode(root, names, side):
         with Image.open(root / name) as image:
             image.draft(None, (2 * side, 2 * side))  # JPEG: no larger than a good resize needs (as Pillow's thumbnail)
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16 bits a pixel: keep the upper 8
+            if image.mode == "F":
+                raise ValueError("32-bit floats, of which nothing says what is white; save it with 8 or 16 bits")
+            if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
                 image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
             image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
         return np.asarray(image).transpose(2, 0, 1)
@@ -607,7 +630,8 @@ def _decode(root, names, side):
                 broken.append(f"{str(root / name)!r} is no readable image ({reason}); mend or remove it")
         return rows, broken
 
-    parts, broken = [names[i : i + 32] for i in range(0, len(names), 32)], []
+    n = max(1, min(32, 2**22 // (3 * side**2)))  # up to 4 MB, since two parts a core wait for the disk
+    parts, broken = [names[i : i + n] for i in range(0, len(names), n)], []
     with tqdm(total=len(names), desc="decoding", unit="image", leave=False, disable=not _interactive()) as bar:
         for rows, lines in ahead(decode_all, parts, os.cpu_count() or 1, 2 * (os.cpu_count() or 1)):
             broken += lines
@@ -620,9 +644,11 @@ class OnDisk:
     """uint8 images [N, 3, S, S] in a file: an index or a slice copies those rows into memory, and no more stays there."""
 
     def __init__(self, path, shape):
-        with open(path, "rb") as file:  # mapped; a private copy only because PyTorch wants to be able to write
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.rows = torch.frombuffer(self.map, dtype=torch.uint8, offset=HEADER).view(shape)
+        with open(path, "rb") as file:  # to read only: Linux refuses a mapping to write that is larger than the memory
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns of what it may not write to; nothing here does
+            self.rows = torch.frombuffer(self.map, dtype=torch.uint8, offset=HEADER).view(shape)
         self.shape = self.rows.shape
 
     def __len__(self):
@@ -675,7 +701,8 @@ def take(images, orders, device):
     def fetch(order):
         if not stream:
             return images[order.cpu()].to(device)
-        with torch.cuda.stream(stream):  # beside the stream that computes
+        # beside the stream that computes; without the device this thread would take memory of GPU 0 as well
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             batch = images[order.cpu()].pin_memory().to(device, non_blocking=True)
             stream.synchronize()  # holds up this thread alone
         return batch
@@ -809,7 +836,8 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
     classes, train_ids = train_labels.to(device).unique(return_inverse=True)
     train, test = F.normalize(train_features.float(), dim=1), F.normalize(test_features.float(), dim=1)
     k, right = min(k, len(train)), 0
-    for queries, labels in zip(test.split(1024), test_labels.to(device).split(1024)):
+    rows = max(1, min(1024, 2**27 // len(train)))  # up to 512 MB of similarities
+    for queries, labels in zip(test.split(rows), test_labels.to(device).split(rows)):
         similarity, index = (queries @ train.T).topk(k)
         # Less the largest: exp can then neither overflow nor be zero for all, and the vote is the same.
         behind = similarity - similarity[:, :1]
@@ -895,10 +923,13 @@ def matplotlib_colours(n):
 
 
 @contextmanager
-def atomic_write(path):
-    """Yield a binary file that becomes `path` only when it is whole; a failure leaves the earlier file. UserError."""
+def atomic_write(path, own=""):
+    """Yield a binary file that becomes `path` only when it is whole; a failure leaves the earlier file. UserError.
+
+    own: part of its temporary name, where several processes may write the same file.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{own}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -950,7 +981,7 @@ def _locked(folder):
         print(f"waiting for another run that decodes images into {str(folder)!r}")
         descriptor = lock(folder, wait=True)
     try:
-        yield
+        yield descriptor is not None
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -1213,7 +1244,11 @@ class Run:
         # `args` for the comparison on resume; plain types and tensors only, so that weights_only=True reads them.
         save_torch(self.dir / "checkpoint.pt", dict(
             method=self.method, args=asdict(self.args), step=step, epochs_logged=self.epochs_logged, stats=stats,
-            state=state, wandb_id=self.wandb_id))  # fmt: skip
+            images=self._images_seen(), state=state, wandb_id=self.wandb_id))  # fmt: skip
+
+    def _images_seen(self):
+        """What tells training images from others: their number, mean and deviation (decoders differ in the last bits)."""
+        return torch.tensor([len(self.images.train), *self.images.mean, *self.images.std], dtype=torch.float64)
 
     def restore(self, steps_per_epoch, **modules):
         """Load the checkpoint's state into the modules. UserError where it does not fit."""
@@ -1222,6 +1257,9 @@ class Run:
               f"({before} steps an epoch before, {steps_per_epoch} now)")  # fmt: skip
         step, logged = self.checkpoint["step"], self.checkpoint["epochs_logged"]
         try:
+            seen, now = self.checkpoint.get("images"), self._images_seen()
+            if not torch.allclose(expect(seen, now), now, rtol=0, atol=1e-3):
+                raise ValueError(f"the training images have changed ({int(seen[0])} before, {int(now[0])} now)")
             if not (0 <= step <= self.args.epochs * steps_per_epoch and logged == step // steps_per_epoch):
                 raise ValueError("its step is out of range")
             self.checkpoint["stats"] = expect(self.checkpoint["stats"], torch.zeros(steps_per_epoch, 3)).clone()
@@ -1232,7 +1270,7 @@ class Run:
                         expect(state.get(key), like)
                 elif name == "optimizer":  # settings are this run's own; a copy has the memory layout of its weights
                     old, params = state["state"], [p for group in module.param_groups for p in group["params"]]
-                    old = {i: expect(old[i]["momentum_buffer"], p) for i, p in enumerate(params) if i in old}
+                    old = {i: expect(old[i]["momentum_buffer"], p) for i, p in enumerate(params)}
                     new = {i: {"momentum_buffer": torch.empty_like(params[i]).copy_(m)} for i, m in old.items()}
                     state = {**own, "state": new}
                 elif not all(type(value) in (int, float) and math.isfinite(value) for value in state.values()):

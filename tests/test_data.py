@@ -396,9 +396,12 @@ def test_npz_grey_and_colour(tmp_path):
 
 
 def test_npz_that_is_three_pixels_high(tmp_path):
+    """[N, 3, W, 3] holds colours in its last axis; and what is too small for the encoders is refused."""
+    assert np.array_equal(as_hwc(common._channels_first(torch.tensor(noise(6, 3, 9, 3)))[5]), noise(6, 3, 9, 3)[5])
     np.savez(tmp_path / "a.npz", train_images=noise(6, 3, 3, 3))
-    images = common.load_images("npz", tmp_path / "a.npz")
-    assert np.array_equal(as_hwc(images.train[5]), noise(6, 3, 3, 3)[5])
+    with pytest.raises(common.UserError, match="3 pixels a side"):
+        common.load_images("npz", tmp_path / "a.npz")
+    assert common.load_images("npz", tmp_path / "a.npz", image_size=4).train.shape == (6, 3, 4, 4)
 
 
 def test_npz_oblong_and_large(tmp_path):

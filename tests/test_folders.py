@@ -198,6 +198,29 @@ def test_two_runs_that_start_together_decode_once(photos, tmp_path):
     assert torch.equal(load(photos, tmp_path / "cache").test, load(photos, tmp_path / "fresh").test)
 
 
+def test_two_runs_that_decode_without_locks(photos, tmp_path, monkeypatch):
+    """As on a file system without them: each writes a file of its own, and both are right."""
+    monkeypatch.setattr(common, "lock", lambda *args, **kwargs: None)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=start, args=(photos, tmp_path / "cache", False)) for _ in range(2)]
+    processes[0].start()
+    while not (tmp_path / "part 0").exists():
+        time.sleep(0.01)
+    processes[1].start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    images, fresh = load(photos, tmp_path / "cache"), load(photos, tmp_path / "fresh")
+    assert torch.equal(images.train, fresh.train) and torch.equal(images.test, fresh.test)
+    assert not cached(tmp_path / "cache").name.startswith(".")
+
+
+def test_a_whole_file_waits_for_nobody(photos, tmp_path, monkeypatch):
+    load(photos, tmp_path / "cache")
+    monkeypatch.setattr(common, "_locked", lambda folder: pytest.fail("waits for another run's decoding"))
+    load(photos, tmp_path / "cache")
+
+
 def test_no_room_is_said_before_decoding(refused, small, monkeypatch, no_decoding):
     no_decoding()
     usage = shutil.disk_usage("/")
@@ -327,6 +350,17 @@ def test_a_run_reads_every_image_once_an_epoch(photos, tmp_path, on_disk):
         assert torch.equal(torch.cat(everything[3 * epoch : 3 * epoch + 3]), images.train[order.flatten()])
 
 
+def test_a_file_larger_than_the_memory(tmp_path):
+    """It is only mapped to be read, which no system refuses; it has holes, and takes no room."""
+    side, n = 1024, 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (3 * 1024**2)
+    with open(tmp_path / "x.images", "wb") as file:
+        file.truncate(common.HEADER + n * 3 * side * side)
+        file.seek(common.HEADER + (n - 1) * 3 * side * side)
+        file.write(b"\x07")
+    images = common.OnDisk(tmp_path / "x.images", (n, 3, side, side))
+    assert images[torch.tensor([0, n - 1])][:, 0, 0, 0].tolist() == [0, 7]
+
+
 def test_memory_stays_small(tmp_path):
     """A file of 1.2 GB is read whole, batch by batch, in a process that may not take that much."""
     path, n, side = tmp_path / "x.images", 100_000, 64
@@ -385,6 +419,44 @@ def test_labels_in_one_part_only(run_cli, small, photos, tmp_path, labelled):
             len(file["train_files"]) == len(file["train_features"]) == 48
             and (folder / str(file["train_files"][0])).exists()
         )
+
+
+def test_resume_with_other_images_of_the_same_number(refused, small, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    words = small(data_dir=folder, run_dir=tmp_path / "run", checkpoint_every=1)
+    simclr.main(simclr.Args(**{key: str(value) if "dir" in key else value for key, value in words.items()}))
+    for path in (folder / "train").glob("*/*.jpg"):
+        Image.new("RGB", (60, 60), (250, 0, 0)).save(path)
+    load(folder, tmp_path / "cache")  # what is refused may still be decoded
+    refused(simclr, *flags(**words, resume=True), says=["the training images have changed (48 before, 48 now)"])
+
+
+def test_what_belongs_to_runs_is_no_image_of_the_folder(photos, tmp_path):
+    folder = shutil.copytree(photos / "train" / "class 0", tmp_path / "photos")
+    before = load(folder, tmp_path / "cache").train_files
+    (folder / "runs" / "mine").mkdir(parents=True)
+    (folder / "runs" / "mine" / "args.json").touch()
+    shutil.copy(next(folder.glob("*.jpg")), folder / "runs" / "mine" / "views.png")
+    assert load(folder, tmp_path / "cache").train_files == before
+
+
+def test_linked_folders_are_read_once(photos, tmp_path):
+    folder = shutil.copytree(photos / "train", tmp_path / "photos")
+    (folder / "latest").symlink_to(folder / "class 1")
+    assert len(load(folder, tmp_path / "cache").train_files) == 48
+
+
+def test_a_folder_that_can_not_be_read_is_named(photos, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def deny(path):
+        if str(path).endswith("class 1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(common.UserError, match="class 1' can not be read"):
+        load(photos, tmp_path / "cache")
 
 
 def test_raw_pixels_of_a_folder_come_from_its_file(run_cli, small, tmp_path, monkeypatch, no_decoding):

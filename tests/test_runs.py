@@ -405,6 +405,7 @@ def test_a_checkpoint_of_another_precision_resumes_into_fp16(tiny, finished):
     assert run.checkpoint["state"]["scaler"] == {}
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     before = scaler.state_dict()
+    run.images = common.load_images(settings["dataset"], settings["data_dir"])
     run.restore(3, scaler=scaler)
     assert scaler.state_dict() == before
 
