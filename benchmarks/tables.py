@@ -106,6 +106,17 @@ def ops():
     return rows(["part", "times faster (range of blocks)"], lines)
 
 
+def throughput():
+    """The scripts' own step against its parts and in bf16, on a CPU."""
+    methods = json.loads((RESULTS / "throughput-cpu-bf16.json").read_text())["methods"]
+    titles = {"step/model": "the step over the model alone", "variant/step": "bf16 over float32",
+              "again/step": "the step over itself: the noise"}  # fmt: skip
+    lines = [[title, *(f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+                       for row in (method["ratios"][key] for method in methods.values()))]
+             for key, title in titles.items()]  # fmt: skip
+    return rows(["samples per second", *map(COLUMNS.get, methods)], lines)
+
+
 def folders():
     """Decoding, start-up, memory and waiting with large folders."""
     result = json.loads((RESULTS / "folders-cpu.json").read_text())
@@ -140,7 +151,7 @@ def on_paper():
 def main(args):
     """Write, or compare."""
     readme = old = (ROOT / "README.md").read_text()
-    tables = {"ops": ops(), "folders": folders(), "on_paper": on_paper(), **{data: sweep(data) for data in PICTURES}}
+    tables = {"ops": ops(), "throughput": throughput(), "folders": folders(), "on_paper": on_paper(), **{data: sweep(data) for data in PICTURES}}
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         readme = re.sub(pattern, lambda found, text=table: f"{found[1]}{text}\n{found[2]}", readme, flags=re.DOTALL)
