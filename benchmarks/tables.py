@@ -136,7 +136,7 @@ def folders():
 def on_paper():
     """What larger sets would need at 160 px, by the measured rates."""
     result = json.loads((RESULTS / "folders-cpu.json").read_text())
-    decoding, start = result["decoding"]["photographs at 160"], result["start"]["photographs at 96"]
+    decoding, start = result["decoding"]["photographs at 160"], result["start"]["CIFAR-10 (JPEG)"]
     size, seconds = 3 * decoding["side"] ** 2, start["second_start_s"] / start["files"]
     lines = []
     for name, n in (("ImageNet-1k, 1.28 million images", 1.28e6), ("100 million images", 1e8)):
@@ -151,7 +151,13 @@ def on_paper():
 def main(args):
     """Write, or compare."""
     readme = old = (ROOT / "README.md").read_text()
-    tables = {"ops": ops(), "throughput": throughput(), "folders": folders(), "on_paper": on_paper(), **{data: sweep(data) for data in PICTURES}}
+    tables = {
+        "ops": ops(),
+        "throughput": throughput(),
+        "folders": folders(),
+        "on_paper": on_paper(),
+        **{data: sweep(data) for data in PICTURES},
+    }
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         readme = re.sub(pattern, lambda found, text=table: f"{found[1]}{text}\n{found[2]}", readme, flags=re.DOTALL)
