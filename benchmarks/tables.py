@@ -137,12 +137,12 @@ def on_paper():
     """What larger sets would need at 160 px, by the measured rates."""
     result = json.loads((RESULTS / "folders-cpu.json").read_text())
     decoding, start = result["decoding"]["photographs at 160"], result["start"]["CIFAR-10 (JPEG)"]
-    size, seconds = 3 * decoding["side"] ** 2, start["second_start_s"] / start["files"]
+    size, listing = 3 * decoding["side"] ** 2, start["second_start_s"] / start["files"] / 60
     lines = []
     for name, n in (("ImageNet-1k, 1.28 million images", 1.28e6), ("100 million images", 1e8)):
-        hours = n / decoding["images_per_second_and_core"] / 16 / 3600
-        lines.append([name, f"{n * size / 1e12:.2g} TB", f"{hours:.2g} h", f"{n * seconds / 60:.2g} min",
-                      f"{1000 * size / 1e6:.0f} MB/s"])  # fmt: skip
+        minutes = n / decoding["images_per_second_and_core"] / 16 / 60
+        lines.append([name, f"{n * size / 1e9:,.0f} GB", f"{minutes:.0f} min", f"{n * listing:.1f} min",
+                      f"{size / 1e3:.0f} MB/s"])  # fmt: skip
     return rows(
         ["", "disk", "decoding once, 16 cores", "listing at every start", "reading, per 1,000 samples/s"], lines
     )
