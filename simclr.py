@@ -307,7 +307,10 @@ def learning_rate(step, steps, warmup_steps, lr):
 
 
 def make_optimizer(network, weight_decay):
-    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms. The network is on its device already."""
+    """SGD with momentum 0.9; weight decay on matrices and kernels, none on biases and norms.
+
+    The network has to be on its device already: the momentum is made there.
+    """
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]  # fmt: skip
