@@ -28,6 +28,11 @@ PICTURES = {
     "cifar10_jpeg": "CIFAR-10 (JPEG), short runs",
 }
 
+NOISE = {"again/step": "the step over itself: the noise"}
+STEP = {"step/model": "the step over the model alone", "variant/step": "bf16 over float32", **NOISE}
+LIGHTLY = {"step/lightly shipped": "the step over lightly as shipped", "step/lightly tuned": "the step over lightly, tuned",
+           **NOISE}  # fmt: skip
+
 
 @dataclass
 class Args:
@@ -106,11 +111,9 @@ def ops():
     return rows(["part", "times faster (range of blocks)"], lines)
 
 
-def throughput():
-    """The scripts' own step against its parts and in bf16, on a CPU."""
-    methods = json.loads((RESULTS / "throughput-cpu-bf16.json").read_text())["methods"]
-    titles = {"step/model": "the step over the model alone", "variant/step": "bf16 over float32",
-              "again/step": "the step over itself: the noise"}  # fmt: skip
+def throughput(name, titles):
+    """Ratios of samples per second that benchmarks/throughput.py has recorded in one file."""
+    methods = json.loads((RESULTS / f"{name}.json").read_text())["methods"]
     lines = [[title, *(f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
                        for row in (method["ratios"][key] for method in methods.values()))]
              for key, title in titles.items()]  # fmt: skip
@@ -153,7 +156,8 @@ def main(args):
     readme = old = (ROOT / "README.md").read_text()
     tables = {
         "ops": ops(),
-        "throughput": throughput(),
+        "throughput": throughput("throughput-cpu-bf16", STEP),
+        "lightly": throughput("throughput-cpu", LIGHTLY),
         "folders": folders(),
         "on_paper": on_paper(),
         **{data: sweep(data) for data in PICTURES},
