@@ -5,20 +5,18 @@ gradient depends on these here: `build_encoder`, `gather` and `distribute` (seve
 `epoch_order` (the images of a batch), `seed_draws` (random numbers).
 """
 
-import argparse
 import hashlib
 import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
@@ -26,8 +24,9 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import List, Optional, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import filelock
 import numpy as np
@@ -36,12 +35,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # Set by torchrun.
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+# tqdm's `disable`: None shows a progress bar in a terminal only.
+SILENT = True if RANK else None
 
 
 # ---------------------------------------------------------------- errors and the command line
@@ -50,9 +51,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 class UserError(Exception):
     """A mistake the user can fix, printed without a traceback. `status` is the exit status."""
 
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
+    status = 2
 
 
 def check(condition, message):
@@ -74,7 +73,9 @@ def user_errors(message, types=Exception, status=2):
     except UserError:
         raise
     except types as error:
-        raise UserError(f"{message} ({one_line(error)})", status) from error
+        mistake = UserError(f"{message} ({one_line(error)})")
+        mistake.status = status
+        raise mistake from error
 
 
 def cli(args_class, main, recipes=None):
@@ -88,10 +89,8 @@ def cli(args_class, main, recipes=None):
     argv = [] if "kernel_launcher" in sys.argv[0] else sys.argv[1:]
     default = None
     if recipes and {"-h", "--help"} & set(argv):
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--dataset", default=args_class.dataset)
-        dataset = parser.parse_known_args(argv)[0].dataset
-        default = replace(args_class(), **recipes.get(dataset, {}))
+        dataset = re.findall(r"--dataset[ =](\w+)", " ".join(argv)) or [args_class.dataset]
+        default = args_class(**recipes.get(dataset[-1], {}))
     try:
         main(tyro.cli(args_class, args=argv, default=default))
     except UserError as error:
@@ -135,16 +134,13 @@ def resolve(args, recipes):
 
 def pick_device(name):
     """'auto' takes CUDA, else Apple's MPS, else the CPU. UserError if the device is missing."""
-    available = dict(cuda=torch.cuda.is_available(), cpu=True)
-    available["mps"] = torch.backends.mps.is_available() and WORLD_SIZE == 1
     if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
-    check(available[name], f"--device {name}: not available here; use --device auto or cpu")
-    if name == "cuda" and WORLD_SIZE > 1:
-        count = torch.cuda.device_count()
-        check(LOCAL_RANK < count, f"only {count} GPUs; lower torchrun's --nproc-per-node")
-        return torch.device("cuda", LOCAL_RANK)
-    return torch.device(name)
+        mps = torch.backends.mps.is_available() and WORLD_SIZE == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    device = torch.device(name, LOCAL_RANK if name == "cuda" else None)
+    with user_errors(f"--device {name} (rank {RANK}) is not available; use --device auto or cpu"):
+        torch.empty(1, device=device)
+    return device
 
 
 def set_up(args):
@@ -163,7 +159,8 @@ def set_up(args):
     if WORLD_SIZE > 1 and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Ranks wait for hours where rank 0 decodes or evaluates.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
     return device, dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[precision]
 
 
@@ -213,7 +210,7 @@ def distribute(network, device, compile=False):
 
 @contextmanager
 def local_rank_zero_first():
-    """Local rank 0 runs the block (downloads, decodes) before the other ranks of its node."""
+    """Local rank 0 runs the block (a download) before the other ranks of its node."""
     if LOCAL_RANK:
         dist.barrier()
     yield
@@ -242,7 +239,7 @@ class Images:
     train_labels: torch.Tensor
     test: torch.Tensor
     test_labels: torch.Tensor
-    class_names: List[str]
+    class_names: list
     # side of the encoder's input in pixels
     size: int
     # float32 [3, 1, 1] on the device, of the training images in [0, 1]
@@ -251,8 +248,8 @@ class Images:
     # the three channels are equal
     gray: bool
     # relative to data_dir, if the images came as files
-    train_files: Optional[List[str]] = None
-    test_files: Optional[List[str]] = None
+    train_files: list | None = None
+    test_files: list | None = None
 
 
 def load_images(dataset, data_dir="data", image_size=None, cache_dir="cache", device="cpu"):
@@ -261,71 +258,46 @@ def load_images(dataset, data_dir="data", image_size=None, cache_dir="cache", de
     image_size None: the size of the images, at most 224. The images are moved to a GPU if they take
     less than half of its free memory. UserError if data is missing or broken.
     """
-    files = [None, None]
+    device, root, files = torch.device(device), Path(data_dir), []
     if dataset == "folder":
-        files, labels, class_names = _list_folder(Path(data_dir))
-        images, image_size = _decode_folder(Path(data_dir), sum(files, []), image_size, cache_dir)
-        parts = images.split([len(names) for names in files])
+        files, labels, class_names = _list_folder(root)
+        images, image_size = _decode_folder(root, sum(files, []), image_size, Path(cache_dir))
+        images = images.split([len(names) for names in files])
     else:
-        if dataset == "digits":
-            parts, labels, class_names = _digits()
-        elif dataset == "npz":
-            parts, labels, class_names = _npz(Path(data_dir))
-        else:
-            parts, labels, class_names = _torchvision(dataset, data_dir)
-        parts = [_channels_first(torch.as_tensor(part)) for part in parts]
-        image_size = image_size or min(224, *parts[0].shape[2:])
-        parts = [square(part, image_size) for part in parts]
-    check(
-        image_size >= 4, f"the images are {image_size} pixels a side; give --image-size 4 or more"
-    )
-    labels = [torch.as_tensor(part).long() for part in labels]
-    for name, part in zip(("training", "test"), labels):
-        if RANK == 0 and not (part >= 0).any():
-            print(f"no labels in the {name} images: no kNN accuracy")
+        load = dict(digits=_digits, npz=_npz).get(dataset, _torchvision)
+        images, labels, class_names = load(dataset, root)
+        for i, part in enumerate(images):
+            # [N, H, W], [N, H, W, 1 or 3] or [N, 3, H, W] -> [N, 3, H, W]
+            part = torch.as_tensor(part)[..., None] if part.ndim == 3 else torch.as_tensor(part)
+            part = part.permute(0, 3, 1, 2) if part.shape[3] in (1, 3) else part
+            image_size = image_size or min(224, *part.shape[2:])
+            chunks = [square(chunk, image_size) for chunk in part.expand(-1, 3, -1, -1).split(1024)]
+            images[i] = torch.cat(chunks)
+    check(len(images[0]), f"--data-dir {data_dir!r} has no training images")
+    check(image_size >= 4, f"{image_size} pixels are too small; give --image-size 4 or more")
 
-    # A sample of 256 MB gives the mean and the standard deviation.
-    sample = parts[0][:: math.ceil(parts[0].numel() / 2**28)]
-    counts = [torch.bincount(sample[:, c].flatten(), minlength=256) for c in range(3)]
-    counts, values = torch.stack(counts).double(), torch.arange(256).double() / 255
-    mean = (counts * values).sum(1) / counts.sum(1)
-    std = ((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt().clamp(min=1e-3)
+    # A sample of 32 MB gives the mean and the standard deviation.
+    sample = images[0][:: math.ceil(images[0].numel() / 2**25)]
+    std, mean = torch.std_mean(sample.double() / 255, (0, 2, 3), correction=0, keepdim=True)
+    mean, std = (value[0].float().to(device) for value in (mean, std.clamp(min=1e-3)))
     gray = bool((sample == sample[:, :1]).all())
-
-    device = torch.device(device)
-    size = sum(part.numel() for part in parts)
+    size = sum(part.numel() for part in images)
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
-        parts = [part.to(device) for part in parts]
-    mean, std = (value.float().view(3, 1, 1).to(device) for value in (mean, std))
-    images = [parts[0], labels[0], parts[1], labels[1]]
-    return Images(*images, class_names, image_size, mean, std, gray, *files)
-
-
-def _channels_first(images):
-    """[N, H, W], [N, H, W, 1 or 3] or [N, 3, H, W] -> [N, 3, H, W]."""
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.shape[3] in (1, 3):
-        images = images.permute(0, 3, 1, 2)
-    return images.expand(-1, 3, -1, -1)
+        images = [part.to(device) for part in images]
+    (train, test), labels = images, [torch.as_tensor(part).long() for part in labels]
+    return Images(
+        train, labels[0], test, labels[1], class_names, image_size, mean, std, gray, *files
+    )
 
 
 def square(images, size):
-    """Center square of images [N, 3, H, W], its side resized to `size` with antialiasing."""
-    height, width = images.shape[2:]
-    if min(height, width) != size and len(images):
-        shape = [side * size // min(height, width) for side in (height, width)]
-        resized = []
-        for chunk in images.split(1024):
-            chunk = F.interpolate(chunk.float(), shape, mode="bilinear", antialias=True)
-            resized.append(chunk.round().clamp(0, 255).byte())
-        images = torch.cat(resized)
-        height, width = shape
-    top, left = (height - size) // 2, (width - size) // 2
-    return images[:, :, top : top + size, left : left + size].contiguous()
+    """Center square of uint8 images [N, 3, H, W], resized to `size` pixels with antialiasing."""
+    from torchvision.transforms.functional import center_crop, resize
+
+    return center_crop(resize(images, size, antialias=True), size)
 
 
-def _digits():
+def _digits(dataset, root):
     """scikit-learn's 1,797 digits, 8x8 pixels, in a fixed stratified split of 1,437 and 360."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -338,7 +310,7 @@ def _digits():
     return [train, test], [train_labels, test_labels], [str(i) for i in range(10)]
 
 
-def _torchvision(dataset, data_dir):
+def _torchvision(dataset, root):
     import torchvision
 
     lower = dataset.replace("_", "")
@@ -346,11 +318,10 @@ def _torchvision(dataset, data_dir):
     splits = dict(train=True), dict(train=False)
     if dataset == "stl10":
         splits = dict(split="train+unlabeled"), dict(split="test")
-    place = Path(data_dir) / (f"{name}/raw" if "mnist" in dataset else "")
-    help = f"place its original files in {str(place)!r}, or use --dataset folder"
+    help = f"place its original files in {str(root)!r} as torchvision does"
     with user_errors(f"could not get {dataset}; {help}"), local_rank_zero_first():
         data_class = getattr(torchvision.datasets, name)
-        sets = [data_class(data_dir, download=True, **split) for split in splits]
+        sets = [data_class(root, download=True, **split) for split in splits]
     labels = [part.labels if dataset == "stl10" else part.targets for part in sets]
     return [part.data for part in sets], labels, sets[0].classes
 
@@ -364,7 +335,7 @@ def read_npz(path, needed, optional=()):
             return {name: archive[name] for name in [*needed, *optional] if name in archive}
 
 
-def _npz(path):
+def _npz(dataset, path):
     """MedMNIST's form: train_images uint8 [N, H, W] or [N, H, W, 3]; the others are optional."""
     arrays = read_npz(path, ["train_images"], ["train_labels", "test_images", "test_labels"])
     images, labels = [], []
@@ -394,31 +365,31 @@ def _list_folder(root):
 
     def is_image(path):
         path = Path(path).relative_to(root)
-        visible = not any(part.startswith(".") for part in path.parts)
-        return visible and path.suffix.lower() in IMAGE_ENDINGS
+        hidden = any(part.startswith(".") for part in path.parts)
+        return path.suffix.lower() in IMAGE_ENDINGS and not hidden
 
-    def listed(part):
-        found = make_dataset(str(part), {"": 0}, is_valid_file=is_image, allow_empty=True)
-        return [Path(path).relative_to(part) for path, _ in found]
+    def class_of(name):
+        parts = Path(name).parts
+        return parts[1] if len(parts) > 2 else None
 
     check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
-    splits = [root / name for name in ("train", "test", "val") if (root / name).is_dir()][:2]
-    if not (root / "train").is_dir():
-        splits = [root]
-    names = [listed(part) for part in splits]
-    check(names[0], f"--data-dir {str(root)!r}: no images found in {str(splits[0])!r}")
-    flat = splits == [root] or any(len(name.parts) == 1 for name in names[0])
-    if flat and splits != [root] and RANK == 0:
-        print(f"no labels: there are images in {str(splits[0])!r} outside of class folders")
-    class_names = [] if flat else sorted({name.parts[0] for name in names[0]})
+    splits = [name for name in ("train", "test", "val") if (root / name).is_dir()][:2]
+    if "train" not in splits:
+        splits = [""]
     files, labels = [[], []], [[], []]
-    for i, part in enumerate(splits):
-        for name in names[i]:
-            labelled = not flat and len(name.parts) > 1
-            unknown = labelled and name.parts[0] not in class_names
-            check(not unknown, f"{str(part / name)!r}: train/ has no class {name.parts[0]!r}")
-            files[i].append(str((part / name).relative_to(root)))
-            labels[i].append(class_names.index(name.parts[0]) if labelled else -1)
+    for i, split in enumerate(splits):
+        found = make_dataset(str(root / split), {"": 0}, is_valid_file=is_image, allow_empty=True)
+        files[i] = [os.path.relpath(path, root) for path, _ in found]
+    check(files[0], f"--data-dir {str(root)!r}: no images found in {str(root / splits[0])!r}")
+    flat = splits == [""] or None in map(class_of, files[0])
+    if flat and splits != [""] and RANK == 0:
+        print(f"no labels: there are images in {str(root / 'train')!r} outside of class folders")
+    class_names = [] if flat else sorted({class_of(name) for name in files[0]})
+    ids = {name: i for i, name in enumerate(class_names)}
+    for i, names in enumerate(files):
+        unknown = {class_of(name) for name in names} - {None, *ids}
+        check(flat or not unknown, f"train/ lacks classes of test images: {list(unknown)[:5]}")
+        labels[i] = [ids.get(class_of(name), -1) for name in names]
     return files, labels, class_names
 
 
@@ -435,17 +406,16 @@ def _decode_folder(root, names, image_size, cache_dir):
     usual = int(np.median(sides or [224]))
     image_size = image_size or min(224, usual)
     side = max(image_size, min(image_size * 8 // 7, usual))
-    facts = [(name, os.stat(root / name)) for name in names]
-    facts = [side, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in facts)]
+    stats = [os.stat(root / name) for name in names]
+    facts = [side, names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    path = Path(cache_dir) / f"{root.resolve().name}-{side}px-{fingerprint}.npy"
+    path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.npy"
     with user_errors(f"cannot use --cache-dir {str(cache_dir)!r}", OSError):
-        with local_rank_zero_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A run that starts at the same time waits for the file.
-            with filelock.FileLock(f"{path}.lock"):
-                if not path.exists():
-                    _decode(root, names, side, path)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        # Other runs and ranks wait for the file.
+        with filelock.FileLock(f"{path}.lock"):
+            if not path.exists():
+                _decode(root, names, side, path)
     with warnings.catch_warnings():
         # PyTorch warns that the mapped file is read-only; nothing writes to it.
         warnings.simplefilter("ignore")
@@ -467,7 +437,7 @@ def _decode(root, names, side, path):
 
     try:
         lines = prefetch(decode, range(len(names)), os.cpu_count() or 1)
-        lines = tqdm(lines, "decoding", len(names), leave=False, disable=not _interactive())
+        lines = tqdm(lines, "decoding", len(names), leave=False, disable=SILENT)
         broken = [line for line in lines if line]
         check(not broken, "\n".join(broken))
         out.flush()
@@ -564,10 +534,9 @@ def build_encoder(name, image_size, width=64):
                 self.inplanes = width
             return super()._make_layer(block, planes * width // 64, *args, **kwargs)
 
-    blocks = dict(resnet10=[1, 1, 1, 1], resnet18=[2, 2, 2, 2])
-    blocks |= dict(resnet34=[3, 4, 6, 3], resnet50=[3, 4, 6, 3])
+    blocks = dict(resnet10=[1] * 4, resnet18=[2] * 4).get(name, [3, 4, 6, 3])
     block = resnet.Bottleneck if name == "resnet50" else resnet.BasicBlock
-    encoder = ResNet(block, blocks[name])
+    encoder = ResNet(block, blocks)
     encoder.bn1 = nn.BatchNorm2d(width)
     kernel, stride, padding = (3, 1, 1) if image_size <= 64 else (7, 2, 3)
     encoder.conv1 = nn.Conv2d(3, width, kernel, stride, padding, bias=False)
@@ -609,11 +578,12 @@ def embed(encoder, images, part, labelled_only=False):
     """Features [N, D] float32 of images.train or images.test, clean, in eval mode; labels [N]."""
     pixels, labels = getattr(images, part), getattr(images, f"{part}_labels")
     rows = (labels >= -1 + labelled_only).nonzero().flatten().to(pixels.device)
-    was_training, device, size = encoder.training, images.mean.device, images.size
+    was_training, size = encoder.training, images.size
     encoder.eval()
-    features = [encoder(torch.zeros(1, 3, size, size, device=device))[:0].float()]
+    features = [encoder(images.mean.expand(1, 3, size, size))[:0].float()]
     # 500 images of 224 pixels would take 5 GB.
-    for batch in take(pixels, rows.split(max(1, min(500, 2**21 // size**2))), device):
+    chunks = rows.split(max(1, min(500, 2**21 // size**2)))
+    for batch in take(pixels, chunks, images.mean.device):
         batch = normalize(square(batch, size), images.mean, images.std)
         features.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float())
     encoder.train(was_training)
@@ -626,31 +596,19 @@ def spread(z):
     return z.std(0, correction=0).mean() * z.shape[1] ** 0.5
 
 
-@torch.no_grad()
-def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20):
-    """Accuracy of a cosine kNN majority vote in float32 on the features' device.
-
-    A monitor: knn_eval.py is the exact one. Labels are any integers.
-    """
-    device = train_features.device
-    classes, train_ids = train_labels.to(device).unique(return_inverse=True)
-    train, test = (F.normalize(x.float(), dim=1) for x in (train_features, test_features))
-    k, correct = min(k, len(train)), 0
-    # Up to 512 MB of similarities at a time.
-    rows = max(1, min(1024, 2**27 // len(train)))
-    for queries, labels in zip(test.split(rows), test_labels.to(device).split(rows)):
-        neighbors = train_ids[(queries @ train.T).topk(k).indices]
-        votes = F.one_hot(neighbors, len(classes)).sum(1)
-        correct += (classes[votes.argmax(1)] == labels).sum()
-    return float(correct) / len(test)
-
-
 def knn_monitor(encoder, images, k):
-    """{"knn_acc": accuracy on the labelled test images}; empty without labels or on rank > 0."""
-    if RANK:
+    """{"knn_acc": of the labelled test images, by cosine majority vote}; {} without labels."""
+    from knn_eval import knn_sweep
+
+    (train, train_labels), (test, test_labels) = (
+        embed(encoder, images, part, labelled_only=True) for part in ("train", "test")
+    )
+    if not len(train) or not len(test):
         return {}
-    train, test = (embed(encoder, images, part, labelled_only=True) for part in ("train", "test"))
-    return {"knn_acc": knn_accuracy(*train, *test, k)} if len(train[1]) and len(test[1]) else {}
+    k, device = min(k, len(train)), train.device if train.is_cuda else None
+    train, test = train.cpu().numpy(), test.cpu().numpy()
+    predicted = knn_sweep(train, train_labels.numpy(), test, [k], device=device)[k]
+    return {"knn_acc": float((predicted == test_labels.numpy()).mean())}
 
 
 # ---------------------------------------------------------------- files
@@ -690,10 +648,6 @@ def load_torch(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _interactive():
-    return RANK == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-
-
 def git_commit():
     """The commit of these files, with "-dirty" after changes; None outside of git."""
     command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
@@ -708,12 +662,11 @@ def draw_curves(path, records):
     """Plot the loss and, where evaluated, the kNN accuracy of log records over the epochs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure = Figure(layout="constrained")
     for axes, key in zip(figure.subplots(2, sharex=True), ("loss", "knn_acc")):
         points = [(record["epoch"], record[key]) for record in records if key in record]
         axes.plot(*zip(*points or [(0, math.nan)]), ".-")
         axes.set(xlabel="epoch", ylabel=key)
-        axes.grid(alpha=0.3)
     with atomic_write(path) as file:
         figure.savefig(file, dpi=120, format="png")
 
@@ -759,8 +712,8 @@ class Run:
         checkpoint = broadcast(checkpoint)
         if checkpoint:
             with user_errors(f"{str(path)!r} does not fit this run; name another --run-dir"):
-                if not torch.allclose(checkpoint["seen"], self.seen, rtol=0, atol=1e-3):
-                    raise ValueError("the training images have changed")
+                same = torch.allclose(checkpoint["seen"], self.seen, rtol=0, atol=1e-3)
+                check(same, f"cannot resume {str(self.dir)!r}: the training images have changed")
                 self.first_step = checkpoint["step"]
                 self.totals.copy_(checkpoint["totals"])
                 for name, module in self.state.items():
@@ -787,14 +740,12 @@ class Run:
             return {}
         with user_errors(f"cannot read {str(path)!r}"):
             before = json.loads(path.read_text())
-            old, new = ({"method": c["method"], **c["args"]} for c in (before, self._config()))
-        changed = [key for key in new if key not in self.MAY_CHANGE and old.get(key) != new[key]]
-        changed = [f"{key} was {old.get(key)} and is {new[key]}" for key in changed]
-        check(not changed, f"cannot resume {str(self.dir)!r}: {'; '.join(changed)}")
+            old = dict(before["args"], method=before["method"])
+        for key, value in dict(asdict(self.args), method=self.method).items():
+            same = key in self.MAY_CHANGE or old.get(key) == value
+            change = f"{key} was {old.get(key)} and is {value}"
+            check(same, f"cannot resume {str(self.dir)!r}: {change}")
         return before
-
-    def _config(self):
-        return dict(method=self.method, args=asdict(self.args))
 
     def _start(self, before, views):
         """Drop log lines after the checkpoint, write args.json, start Weights & Biases."""
@@ -805,22 +756,24 @@ class Run:
             file.write("".join(kept).encode())
         versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
         cuda = self.device.type == "cuda"
+        wandb_id = before.get("wandb_id") or os.urandom(4).hex()
         config = dict(
-            self._config(),
+            method=self.method,
+            args=asdict(self.args),
             views=[vars(view) for view in views],
             device=torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             processes=WORLD_SIZE,
-            versions={"python": platform.python_version(), **versions},
+            versions=dict(versions, python=sys.version.split()[0]),
             command=shlex.join(sys.argv),
             commit=git_commit(),
-            wandb_id=before.get("wandb_id") or os.urandom(4).hex(),
+            wandb_id=wandb_id,
         )
         with atomic_write(self.dir / "args.json") as file:
             file.write(json.dumps(config, indent=2).encode())
         print(f"{self.method} on {config['device']}: {self.dir}")
         print("  " + "  ".join(f"{k}={v}" for k, v in config["args"].items() if v is not None))
         group = f"{self.method}-{self.args.dataset}"
-        self.tracker = Tracker(self.args, self.dir, group, config, id=config["wandb_id"])
+        self.tracker = Tracker(self.args, self.dir, group=group, config=config, id=wandb_id)
 
     def draw_views(self, draw):
         """views.png: each row an image, then three pairs of views by draw(images) -> (v1, v2)."""
@@ -851,12 +804,10 @@ class Run:
                 # A second signal ends the process at once. torchrun repeats its own.
                 signal.signal(number, before[number])
 
-        is_main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-        before = {number: signal.signal(number, stop) for number in numbers}
+        before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         first, train = self.first_step, self.images.train
         self.epoch_start = time.perf_counter(), first
-        self.bar = tqdm(total=self.steps, initial=first, unit="step", disable=not _interactive())
+        self.bar = tqdm(total=self.steps, initial=first, unit="step", disable=SILENT)
         try:
             yield from enumerate(batches(train, self.args, first, self.device), first)
         finally:
@@ -877,17 +828,15 @@ class Run:
         epoch, i = divmod(step + 1, self.steps_per_epoch)
         # Ranks agree on a signal only now and then; torchrun waits for them for 30 seconds.
         every = 1 if self.device.type == "cpu" else 10 if WORLD_SIZE > 1 else 50
-        read = i % every == 0 or (WORLD_SIZE == 1 and self.stop_signal)
-        if read:
-            self._read_totals(step)
+        if i % every and not (self.stop_signal and WORLD_SIZE == 1):
+            return
+        self._read_totals(step)
         if i == 0:
             self._log_epoch(epoch, step, lr)
-            self.totals.zero_()
-        stopping = read and self.stop_signal
         due = epoch % self.args.checkpoint_every == 0 or epoch == self.args.epochs
-        if stopping or (i == 0 and due):
+        if self.stop_signal or (i == 0 and due):
             self._save(step)
-        if stopping:
+        if self.stop_signal:
             self._stop()
         if i == 0:
             self.epoch_start = time.perf_counter(), step + 1
@@ -908,24 +857,25 @@ class Run:
             raise UserError(f"{message}; a lower --lr may help; {kept}".rstrip("; "), status=1)
 
     def _log_epoch(self, epoch, step, lr):
-        """Append a record to log.jsonl, print it, and send it to Weights & Biases."""
         loss, spread = (self.totals / self.steps_per_epoch).tolist()
+        self.totals.zero_()
+        if RANK:
+            return
         start, first = self.epoch_start
-        seconds, samples = time.perf_counter() - start, (step + 1 - first) * self.args.batch_size
+        seconds = time.perf_counter() - start
         record = dict(epoch=epoch, step=step + 1, loss=loss, spread=spread, lr=lr, seconds=seconds)
-        record["samples_per_sec"] = samples / seconds
+        record["samples_per_sec"] = (step + 1 - first) * self.args.batch_size / seconds
         if self.state["scaler"].is_enabled():
             record["scale"] = self.state["scaler"].get_scale()
         every = self.args.eval_every
         if epoch == self.args.epochs or (every and epoch % every == 0):
             record |= knn_monitor(self.encoder, self.images, self.args.knn_k)
-        if RANK == 0:
-            self._log(record)
-            if spread < 0.05:
-                print(f"warning: the embeddings collapse (spread {spread:.3f})", file=sys.stderr)
+        self._log(record)
+        if spread < 0.05:
+            print(f"warning: the embeddings collapse (spread {spread:.3f})", file=sys.stderr)
 
     def _log(self, record):
-        record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
+        """Append a record to log.jsonl, print it, and send it to Weights & Biases."""
         with user_errors(f"cannot write {str(self.log_path)!r}", OSError, status=1):
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -969,25 +919,21 @@ class Run:
             arrays[f"{part}_labels"] = labels.numpy()
             if images.train_files is not None:
                 arrays[f"{part}_files"] = np.array(getattr(images, f"{part}_files"), np.str_)
-        # How build_encoder makes the encoder again, or the name of another class.
-        other = dict(encoder=type(self.encoder).__name__)
-        info = dict(getattr(self.encoder, "architecture", other), image_size=images.size)
-        info["feature_dim"] = features.shape[1]
+        # What build_encoder needs to make the encoder again, or the name of another class.
+        info = getattr(self.encoder, "architecture", dict(encoder=type(self.encoder).__name__))
         meta = dict(info, method=self.method)
-        meta |= {key: getattr(args, key) for key in ("dataset", "data_dir", "epochs", "seed")}
+        for key in ("dataset", "data_dir", "image_size", "epochs", "seed"):
+            meta[key] = getattr(args, key)
         with atomic_write(self.dir / "embeddings.npz") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
-        state = {key: value.cpu().contiguous() for key, value in self.encoder.state_dict().items()}
+        info = dict(info, image_size=images.size, feature_dim=features.shape[1])
         info |= dict(mean=images.mean.cpu(), std=images.std.cpu(), class_names=images.class_names)
+        state = {key: value.cpu().contiguous() for key, value in self.encoder.state_dict().items()}
         save_torch(self.dir / "encoder.pt", dict(info, state_dict=state))
         records = [json.loads(line) for line in self.log_path.read_text().splitlines()]
         draw_curves(self.dir / "curves.png", records)
-        for name in ("curves", "views"):
-            self.tracker.log_image(name, self.dir / f"{name}.png")
+        self.tracker.log({name: self.dir / f"{name}.png" for name in ("curves", "views")})
         self.tracker.finish()
-        if "knn_acc" in records[-1]:
-            accuracy = 100 * records[-1]["knn_acc"]
-            print(f"kNN accuracy on the test split (k = {args.knn_k}, cosine): {accuracy:.2f} %")
         print(f"wrote {self.dir}; next: python knn_eval.py {shlex.quote(str(self.dir))} --pixels")
         return self.dir
 
@@ -995,11 +941,10 @@ class Run:
 class Tracker:
     """Weights & Biases with --track. A failure is printed once, and the run goes on without it."""
 
-    def __init__(self, args, folder, group, config, **options):
-        self.run = None
-        if args.track:
-            options |= dict(project=args.wandb_project, group=group, dir=str(folder))
-            self._try(self._start, name=folder.name, config=config, resume="allow", **options)
+    def __init__(self, args, folder, **options):
+        self.active = args.track
+        options |= dict(project=args.wandb_project, dir=str(folder), name=folder.name)
+        self._try(self._start, **options)
 
     def _start(self, **options):
         import wandb
@@ -1008,27 +953,32 @@ class Tracker:
         if hasattr(settings, "finish_timeout"):
             # Newer versions: an unreachable server must not block the end of the run.
             settings.finish_timeout = 120.0
-        self.run = wandb.init(settings=settings, **options)
+        wandb.init(settings=settings, resume="allow", **options)
+
+    def _log(self, record):
+        for key, value in record.items():
+            if isinstance(value, Path):
+                record = {**record, key: self.wandb.Image(str(value))}
+        self.wandb.log(record, step=record.get("step"), commit=True)
 
     def _try(self, call, *args, **options):
         try:
-            call(*args, **options)
+            if self.active:
+                call(*args, **options)
         except Exception as error:
-            note = f"note: Weights & Biases failed ({one_line(error)}); continuing without it"
-            print(note, file=sys.stderr)
-            self.run = None
+            print(
+                f"note: Weights & Biases failed ({one_line(error)}); continuing without it",
+                file=sys.stderr,
+            )
+            self.active = False
 
     def log(self, record):
-        """Log a dict; W&B drops steps that it has seen, such as those repeated after a kill."""
-        if self.run:
-            self._try(self.run.log, record, step=record.get("step"), commit=True)
+        """Log a dict of numbers and paths of pictures.
 
-    def log_image(self, key, path):
-        """Log a picture."""
-        if self.run:
-            self._try(lambda: self.run.log({key: self.wandb.Image(str(path))}))
+        W&B drops steps that it has seen, such as those repeated after a kill.
+        """
+        self._try(self._log, record)
 
     def finish(self):
         """Upload what is left and end the W&B run."""
-        if self.run:
-            self._try(self.run.finish)
+        self._try(lambda: self.wandb.finish())
