@@ -385,6 +385,8 @@ def _list_folder(root):
     if flat and splits != [""] and RANK == 0:
         print(f"no labels: there are images in {str(root / 'train')!r} outside of class folders")
     class_names = [] if flat else sorted({class_of(name) for name in files[0]})
+    one = f"--data-dir {str(root)!r}: only one class; put each class in a folder of its own"
+    check(len(class_names) != 1, one)
     ids = {name: i for i, name in enumerate(class_names)}
     for i, names in enumerate(files):
         unknown = {class_of(name) for name in names} - {None, *ids}
@@ -468,7 +470,7 @@ def prefetch(function, items, threads):
         waiting = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * threads:
+            if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -559,12 +561,9 @@ def load_encoder(path):
     with user_errors(f"{str(path)!r} is not an encoder.pt of these scripts"):
         state, known = info.pop("state_dict"), "width" in info
         check(known, f"{str(path)!r} holds {info['encoder']}, which is not one of torchvision's")
-        encoder, info["feature_dim"] = build_encoder(*[info[k] for k in _ENCODER_KEYS])
+        encoder, _ = build_encoder(info["encoder"], info["image_size"], info["width"])
         encoder.load_state_dict(state)
     return encoder.eval(), info
-
-
-_ENCODER_KEYS = "encoder", "image_size", "width"
 
 
 def normalize(images, mean, std):
