@@ -258,6 +258,7 @@ def load_images(dataset, data_dir="data", image_size=None, cache_dir="cache", de
     image_size None: the size of the images, at most 224. The images are moved to a GPU if they take
     less than half of its free memory. UserError if data is missing or broken.
     """
+    check(image_size is None or image_size >= 4, f"--image-size {image_size} must be at least 4")
     device, root, files = torch.device(device), Path(data_dir), []
     if dataset == "folder":
         files, labels, class_names = _list_folder(root)
@@ -274,7 +275,6 @@ def load_images(dataset, data_dir="data", image_size=None, cache_dir="cache", de
             chunks = [square(chunk, image_size) for chunk in part.expand(-1, 3, -1, -1).split(1024)]
             images[i] = torch.cat(chunks)
     check(len(images[0]), f"--data-dir {data_dir!r} has no training images")
-    check(image_size >= 4, f"{image_size} pixels are too small; give --image-size 4 or more")
 
     # A sample of 32 MB gives the mean and the standard deviation.
     sample = images[0][:: math.ceil(images[0].numel() / 2**25)]
@@ -880,6 +880,8 @@ class Run:
                 file.write(json.dumps(record) + "\n")
         shown = [key for key in ("epoch", "loss", "samples_per_sec", "knn_acc") if key in record]
         tqdm.write("  ".join(f"{key} {record[key]:.4g}" for key in shown))
+        # Through a pipe, as on Colab, lines would otherwise appear late.
+        sys.stdout.flush()
         self.tracker.log(record)
 
     def _save(self, step):
@@ -952,13 +954,13 @@ class Tracker:
         if hasattr(settings, "finish_timeout"):
             # Newer versions: an unreachable server must not block the end of the run.
             settings.finish_timeout = 120.0
-        wandb.init(settings=settings, resume="allow", **options)
+        self.run = wandb.init(settings=settings, resume="allow", **options)
 
     def _log(self, record):
         for key, value in record.items():
             if isinstance(value, Path):
                 record = {**record, key: self.wandb.Image(str(value))}
-        self.wandb.log(record, step=record.get("step"), commit=True)
+        self.run.log(record, step=record.get("step"), commit=True)
 
     def _try(self, call, *args, **options):
         try:
@@ -980,4 +982,4 @@ class Tracker:
 
     def finish(self):
         """Upload what is left and end the W&B run."""
-        self._try(lambda: self.wandb.finish())
+        self._try(lambda: self.run.finish())
