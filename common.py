@@ -829,26 +829,26 @@ class Run:
         every = 1 if self.device.type == "cpu" else 10 if WORLD_SIZE > 1 else 50
         if i % every and not (self.stop_signal and WORLD_SIZE == 1):
             return
-        self._read_totals(step)
+        agreed_signal = self._read_totals(step)
         if i == 0:
             self._log_epoch(epoch, step, lr)
         due = epoch % self.args.checkpoint_every == 0 or epoch == self.args.epochs
-        if self.stop_signal or (i == 0 and due):
+        if agreed_signal or (i == 0 and due):
             self._save(step)
-        if self.stop_signal:
-            self._stop()
+        if agreed_signal:
+            self._stop(agreed_signal)
         if i == 0:
             self.epoch_start = time.perf_counter(), step + 1
 
     def _read_totals(self, step):
-        """Average the totals over the ranks, agree on a signal, check that the loss is finite."""
+        """Average the totals over the ranks, check the loss; return the signal of any rank."""
+        asked = torch.tensor(self.stop_signal, device=self.device)
         if WORLD_SIZE > 1:
-            asked = torch.tensor(self.stop_signal, device=self.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
             dist.all_reduce(self.totals)
             self.totals /= WORLD_SIZE
-            self.stop_signal = int(asked)
         self._check_finite(self.totals[:1], f"the loss is not finite at step {step}")
+        return int(asked)
 
     def _check_finite(self, tensor, message):
         kept = "the last checkpoint is kept" if (self.dir / "checkpoint.pt").exists() else ""
@@ -893,7 +893,7 @@ class Run:
         state |= dict(step=step + 1, totals=self.totals)
         save_torch(self.dir / "checkpoint.pt", dict(state, seen=self.seen))
 
-    def _stop(self):
+    def _stop(self, number):
         """Exit with 130 after Ctrl-C, 143 after SIGTERM; the checkpoint is written."""
         if WORLD_SIZE > 1:
             # torchrun ends all ranks once one has exited, and rank 0 may still be writing.
@@ -902,7 +902,7 @@ class Run:
             self.tracker.finish()
             where = shlex.quote(str(self.dir))
             print(f"stopped; resume with --run-dir {where} --resume", file=sys.stderr)
-        sys.exit(128 + self.stop_signal)
+        sys.exit(128 + number)
 
     def finish(self):
         """Write encoder.pt, embeddings.npz and curves.png; return the folder."""
