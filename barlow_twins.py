@@ -256,9 +256,8 @@ def augment(images, view, size):
         degrees, dx, dy, zoom = (uniform(x, -1, 1, n, 4) * chosen(view.warp_p, 1)).T
         x = affine(x, view.rotate * degrees, view.shift * dx, view.shift * dy, 1 + view.zoom * zoom)
     if any(view.jitter):
-        change = torch.stack([uniform(x, -m, m, n) for m in view.jitter], 1) * chosen(
-            view.jitter_p, 1
-        )
+        change = torch.stack([uniform(x, -most, most, n) for most in view.jitter], dim=1)
+        change = change * chosen(view.jitter_p, 1)
         order = uniform(x, 0, 1, n, 3).argsort(1)
         x = color_jitter(x, (1 + change[:, :3]).clamp(min=0), change[:, 3], order)
     if view.grayscale_p:
