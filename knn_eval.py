@@ -1,553 +1,595 @@
-"""Judge embeddings by their nearest neighbours: the accuracy of a kNN vote for many k, from one neighbour search.
+"""Evaluate embeddings by their nearest neighbors: the accuracy of a kNN vote for many k.
 
-    python knn_eval.py                                    # every run under runs/
-    python knn_eval.py runs/a runs/b --pixels             # these runs, beside raw pixels of their data set
+    python knn_eval.py                           # every run under runs/
+    python knn_eval.py runs/a runs/b --pixels    # two runs, and the raw pixels of their data set
     python knn_eval.py features.npz --metric euclidean --vote distance --ks 1 5 20
 
-An input is a run folder, or an .npz with train_features [N, D], train_labels [N], test_features [M, D] and
-test_labels [M]. Beside it go knn.json, knn.csv, embedding_2d.png and (beside the first one) knn.png.
-To sweep k in your own code, copy everything above `Args`: it needs NumPy, scikit-learn, PyTorch, tqdm and tyro.
-The votes, how k is chosen, and what is promised: README.md, section kNN evaluation.
+An input is a run folder, or an .npz with train_features [N, D], train_labels [N], test_features
+[M, D] and test_labels [M]. knn.json, knn.csv and embedding_2d.png are written next to each input,
+knn.png next to the first one. k is chosen by leave-one-out, without the test labels.
+
+To sweep k in your own code, copy everything above `Args`: NumPy, scikit-learn and tqdm are enough
+on a CPU, and PyTorch searches on a GPU. README.md, section kNN evaluation, explains the votes.
 """
 
 import csv
 import io
 import json
-import operator
 import os
+import re
 import shlex
 import sys
 import warnings
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Optional, Tuple
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import numpy as np
 import sklearn
-import torch
 import tyro
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
+from sklearn.utils import check_array, check_consistent_length
 from tqdm.auto import tqdm
 
-BUDGET = 2**28  # bytes of a block of training points, of distances to it, and half of what a chunk of queries takes
+# Bytes of the neighbors and votes of one chunk of queries, and on a GPU of one block of distances.
+BUDGET = 2**28
 
 
-def knn_sweep(train_features, train_labels, test_features, ks, metric="cosine", vote="uniform", temperature=0.07,
-              device=None, progress=None):  # fmt: skip
-    """Predict the labels of M points by a vote of their k nearest training points, for every k from one search.
+def knn_sweep(
+    train_features,
+    train_labels,
+    test_features,
+    ks,
+    metric="cosine",
+    vote="uniform",
+    temperature=0.07,
+    device=None,
+    progress=None,
+):
+    """Predict labels by a vote of the k nearest training points, for every k from one search.
 
-    train_features [N, D], train_labels [N] (any integers) and test_features [M, D] are NumPy arrays; test_features
-    None is leave-one-out: every training point is judged by the others. Returns a dict from each k to labels [M].
+    train_features [N, D], train_labels [N] and test_features [M, D] are NumPy arrays. Without
+    test_features (None), each training point is predicted from the others (leave-one-out).
+    Returns a dict from each k to the predicted labels [M]; raises ValueError on bad arguments.
 
-    metric  "euclidean", or "cosine": Euclidean between L2-normalised rows (a row of zeros stays as it is)
-    vote    "uniform": majority; "distance": 1 / distance; "balanced": a class's votes over its number of training
-            points; "softmax" (cosine only): exp(similarity / temperature), Wu et al. 2018, arXiv:1805.01978
-    device  None searches by scikit-learn on the CPU; a PyTorch device searches there
-    progress  title of a progress bar, shown in a terminal
+    metric: "euclidean", or "cosine" (Euclidean distance between L2-normalized rows).
+    vote: "uniform" (majority), "distance" (1 / distance), "softmax" (exp(similarity / temperature),
+        cosine only; Wu et al. 2018, arXiv:1805.01978), "balanced" (votes of a class over its number
+        of training points). The smallest label wins a tied vote.
+    device: None searches with scikit-learn on the CPU, a PyTorch device searches there in float64.
+    progress: title of a progress bar, shown in a terminal.
 
-    Distances are computed in float64, and predictions are those of scikit-learn's KNeighborsClassifier ("uniform",
-    "distance"): the smallest label wins a tied vote. Where training points at the same distance straddle k, the
-    lowest indices are taken; scikit-learn's choice depends on the number of queries there. Distances that float64
-    rounding can not tell apart count as the same. Where all training points are equal (a collapsed encoder) there is no
-    neighbour, and every k gives the majority class. Needs less than 2 GB beside the features. ValueError on bad input.
+    Predictions ("uniform", "distance") equal those of scikit-learn's KNeighborsClassifier, except
+    where training points of different labels at the same distance straddle k.
     """
-    train, train_labels = np.asarray(train_features), np.asarray(train_labels)
-    test = train if test_features is None else np.asarray(test_features)
-    ks = sorted({operator.index(k) for k in ks})
-    most = len(train) - (test_features is None)
-    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or not train.size or not test.size:
-        raise ValueError(f"features must be [N, D] and [M, D] and not empty, not {train.shape} and {test.shape}")
-    if train_labels.shape != train.shape[:1] or train_labels.dtype.kind not in "iu":
-        raise ValueError(f"labels must be {len(train)} integers, not {train_labels.dtype} {train_labels.shape}")
-    if not ks or ks[0] < 1 or ks[-1] > most:
-        raise ValueError(f"every k must be between 1 and {most}, not {ks}")
-    if metric not in ("cosine", "euclidean") or vote not in ("uniform", "distance", "softmax", "balanced"):
-        raise ValueError(f"unknown metric {metric!r} or vote {vote!r}")
-    if vote == "softmax" and (metric != "cosine" or not 0 < temperature < np.inf):
-        raise ValueError(f"vote softmax needs metric cosine and a temperature above 0, not {metric} and {temperature}")
-
-    collapsed = (train == train[0]).all()
+    train, ks = _prepare(train_features, metric), sorted(set(ks))
+    leave_one_out = test_features is None
+    test = train if leave_one_out else _prepare(test_features, metric)
+    check_consistent_length(train, train_labels)
+    if not ks or ks[0] < 1 or ks[-1] > len(train) - leave_one_out:
+        raise ValueError(f"needs 1 <= k <= {len(train) - leave_one_out}, not {ks}")
+    if vote == "softmax" and metric != "cosine":
+        raise ValueError("vote softmax needs metric cosine")
     classes, train_ids, sizes = np.unique(train_labels, return_inverse=True, return_counts=True)
-    dtype = np.result_type(train, test, np.float32)  # float32 rows are normalised in float32, as scikit-learn does
-    block = max(1, BUDGET // (8 * train.shape[1]))
-    blocks = lru_cache(1)(lambda start: _prepare(train[start : start + block], metric, dtype))
-    search = Search(blocks, range(0, len(train), block), len(train), device)
+    # A collapsed encoder has no nearest neighbors: predict the majority class.
+    if (train == train[0]).all():
+        return {k: np.full(len(test), classes[sizes.argmax()]) for k in ks}
+    kneighbors = NearestNeighbors(algorithm="brute").fit(train).kneighbors
+    if device is not None:
+        kneighbors = partial(_torch_kneighbors, train, device)
     predictions = {k: np.empty(len(test), classes.dtype) for k in ks}
-    rows = max(1, 2 * BUDGET // (128 * ks[-1] + 24 * len(classes) + 32 * test.shape[1]))
-    for start in tqdm(range(0, len(test), rows), progress, leave=False, disable=None if progress else True, delay=1):
-        queries = _prepare(test[start : start + rows], metric, dtype)
-        own = np.arange(start, start + len(queries)) if test_features is None else None
-        squared, neighbours = search(queries, ks[-1], own)
-        weights = _weights(squared, vote, temperature)
-        cell = train_ids[neighbours] + len(classes) * np.arange(len(queries))[:, None]  # of votes, flattened
-        votes = np.zeros((len(queries), len(classes)))
-        # A point that is judged by the others does not count among its own class's.
-        points = sizes if own is None else np.maximum(sizes - (train_ids[own, None] == np.arange(len(classes))), 1)
-        for low, k in zip([0, *ks], ks):
-            weight = None if weights is None else weights[:, low:k].ravel()
-            votes += np.bincount(cell[:, low:k].ravel(), weight, votes.size).reshape(votes.shape)
-            shares = votes / points if vote == "balanced" else votes
-            shares = np.broadcast_to(points, votes.shape) if collapsed else shares
-            predictions[k][start : start + rows] = classes[shares.argmax(1)]
+    chunk = min(4096, max(1, BUDGET // (64 * ks[-1] + 32 * len(classes))))
+    starts = range(0, len(test), chunk)
+    for start in tqdm(starts, progress, leave=False, delay=1, disable=not progress or None):
+        distances, neighbors = kneighbors(test[start : start + chunk], ks[-1] + leave_one_out)
+        rows = np.arange(len(distances))
+        points = np.tile(sizes, (len(rows), 1))
+        if leave_one_out:
+            distances, neighbors = _drop_self(distances, neighbors, start + rows)
+            points[rows, train_ids[start + rows]] -= 1
+        weights, ids = _vote_weights(distances, vote, temperature), train_ids[neighbors]
+        votes = np.zeros(points.shape)
+        for k in range(1, ks[-1] + 1):
+            votes[rows, ids[:, k - 1]] += weights[:, k - 1]
+            if k in predictions:
+                shares = votes / points.clip(1) if vote == "balanced" else votes
+                predictions[k][start : start + chunk] = classes[shares.argmax(axis=1)]
     return predictions
 
 
-def _prepare(features, metric, dtype):
-    features = np.ascontiguousarray(features, dtype)
-    if not np.abs(features).max() <= 1e15:  # also NaN; the squares of larger ones overflow float32
-        raise ValueError("features must be finite, and at most 1e15")
-    return (normalize(features) if metric == "cosine" else features).astype(np.float64)
+def _prepare(features, metric):
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"unknown metric {metric!r}")
+    features = check_array(features, dtype=[np.float32, np.float64], order="C")
+    return normalize(features) if metric == "cosine" else features
 
 
-def _weights(squared, vote, temperature):
-    """Weight of each neighbour's vote [m, k] by its squared distance; None where all count the same."""
-    if vote == "distance":  # where a training point equals the query, only such points vote
-        exact = squared[:, :1] == 0
-        return np.where(exact, squared == 0, 1 / np.sqrt(np.where(exact, 1, squared)))
-    if vote == "softmax":  # similarity = 1 - squared / 2; less the nearest one's, which cancels and can not underflow
-        with np.errstate(over="ignore"):
-            return np.exp((squared[:, :1] - squared) / 2 / temperature)
-    return None
+def _torch_kneighbors(train, device, queries, k):
+    """Exact search on a PyTorch device: Euclidean distances and indices [m, k], ascending."""
+    import torch
+
+    # float64: TF32 matrix products would change neighbors.
+    queries = torch.from_numpy(queries).to(device, torch.float64)
+    distances = queries[:, :0]
+    indices = distances.long()
+    block = max(1, BUDGET // (8 * max(queries.shape)))
+    for start in range(0, len(train), block):
+        points = torch.from_numpy(train[start : start + block]).to(queries)
+        new = torch.cdist(queries, points).topk(min(k, len(points)), largest=False)
+        distances = torch.hstack([distances, new.values])
+        distances, order = distances.topk(min(k, distances.shape[1]), largest=False)
+        indices = torch.hstack([indices, new.indices + start]).gather(1, order)
+    return distances.cpu().numpy(), indices.cpu().numpy()
 
 
-class Search:
-    """Exact search in blocks of training points. `blocks(start)` is float64 [n, D] for every start in `starts`."""
+def _drop_self(distances, neighbors, own):
+    """Leave-one-out: of k + 1 neighbors per query [m, k + 1], keep the k that are not itself."""
+    others = neighbors != own[:, None]
+    # Among many equal points, the search may not return the query itself.
+    others[others.all(axis=1), -1] = False
+    return distances[others].reshape(len(own), -1), neighbors[others].reshape(len(own), -1)
 
-    def __init__(self, blocks, starts, n, device):
-        self.blocks, self.starts, self.n, self.device = blocks, starts, n, device
 
-    def __call__(self, queries, k, own=None):
-        """Squared distances and indices [m, k] of the k nearest to queries [m, D], the lowest index first among equals.
-
-        own: for leave-one-out, the index [m] of each query among the training points; it is not its own neighbour.
-        """
-        take = min(k + 1 + (own is not None), self.n)  # one more than k, to see whether equal distances straddle k
-        squared, indices = self.nearest(queries, self.blocks(0), take)
-        for start in self.starts[1:]:
-            found = self.nearest(queries, self.blocks(start), take)
-            squared, indices = np.hstack([squared, found[0]]), np.hstack([indices, found[1] + start])
-            order = squared.argsort(axis=1, kind="stable")[:, :take]
-            squared, indices = np.take_along_axis(squared, order, 1), np.take_along_axis(indices, order, 1)
-        if own is not None:
-            other = indices != own[:, None]
-            other[other.all(axis=1), -1] = False  # so many equal points that the query itself was not found
-            squared, indices = (array[other].reshape(len(queries), -1) for array in (squared, indices))
-
-        # What float64 can not tell apart is one group: the lower index first, the same distance for all.
-        tolerance = squared + (queries**2).sum(1, keepdims=True)
-        tolerance *= 8 * queries.shape[1] ** 0.5 * np.finfo(np.float64).eps  # several times the error measured
-        apart = squared > tolerance
-        apart[:, 1:] = np.diff(squared, axis=1) > tolerance[:, 1:]
-        tied = np.flatnonzero(~apart.all(axis=1))
-        group = apart[tied].cumsum(1)
-        order = np.lexsort((indices[tied], group))
-        indices[tied] = np.take_along_axis(indices[tied], order, 1)
-        if squared.shape[1] > k:
-            straddles = group[:, k] == group[:, k - 1]
-            first = (group[straddles] < group[straddles, k, None]).sum(1)
-            self.refill(indices, tied[straddles], first, k, queries, squared, tolerance, own)
-        squared[tied] = np.maximum.accumulate(np.where(apart[tied], squared[tied], 0), axis=1)
-        return squared[:, :k], indices[:, :k]
-
-    def nearest(self, queries, block, take):
-        """Squared distances and indices [m, take] of the nearest points of one block, ascending."""
-        take = min(take, len(block))
-        if self.device is None:
-            distances, indices = NearestNeighbors(algorithm="brute").fit(block).kneighbors(queries, take)
-            return np.square(distances, out=distances), indices
-        parts = [part.topk(take, largest=False) for part in self.distances(queries, block)]
-        return tuple(torch.cat(columns).cpu().numpy() for columns in zip(*parts))
-
-    def distances(self, queries, block):
-        """Yield squared distances [rows, n] as float64 tensors on the device, some rows at a time."""
-        block = torch.from_numpy(block).to(self.device or "cpu")
-        norms = (block**2).sum(1)
-        for rows in torch.from_numpy(queries).split(max(1, BUDGET // (8 * len(block)))):
-            rows = rows.to(block.device)
-            part = torch.addmm(norms, rows, block.T, alpha=-2)  # float64: TF32 has no say in it
-            yield part.add_((rows**2).sum(1, keepdim=True)).clamp_(min=0)
-
-    def refill(self, indices, rows, first, k, queries, squared, tolerance, own):
-        """Where equal distances straddle k, fill places first:k with the lowest indices at that distance."""
-        low, high = squared[rows, first] - tolerance[rows, first] / 2, squared[rows, k] + tolerance[rows, k]
-        place = first.copy()
-        for start in self.starts if len(rows) else ():
-            done = 0
-            for part in self.distances(queries[rows], self.blocks(start)):
-                part = part.cpu().numpy()
-                for i, distances in enumerate(part, done):
-                    lowest = start + np.flatnonzero((distances >= low[i]) & (distances <= high[i]))
-                    if own is not None:
-                        lowest = lowest[lowest != own[rows[i]]]
-                    lowest = lowest[: k - place[i]]
-                    indices[rows[i], place[i] : place[i] + len(lowest)] = lowest
-                    place[i] += len(lowest)
-                done += len(part)
+def _vote_weights(distances, vote, temperature):
+    """Weight of each neighbor's vote [m, k], given its distance."""
+    if vote == "distance":
+        # Where training points equal the query, only those vote.
+        equal = distances[:, :1] == 0
+        return np.where(equal, distances == 0, 1 / np.where(equal, 1, distances))
+    if vote == "softmax":
+        # similarity = 1 - distance**2 / 2, relative to the nearest neighbor against underflow.
+        return np.exp((distances[:, :1] ** 2 - distances**2) / 2 / temperature)
+    if vote in ("uniform", "balanced"):
+        return np.ones_like(distances)
+    raise ValueError(f"unknown vote {vote!r}")
 
 
 @dataclass
 class Args:
-    """Sweep k over written embeddings: the accuracy of a vote of the k nearest training points on the test points."""
+    """Sweep k over embeddings: test accuracy of a vote of the k nearest training points."""
 
-    inputs: Annotated[tyro.conf.Positional[Tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()
+    inputs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")
+    ] = ()
     """run folders or .npz files (none: every run under runs/)"""
-    ks: Tuple[int, ...] = (1, 2, 3, 4, 5, 10, 20, 50, 70, 100, 200, 500, 1000)
-    """numbers of neighbours; those above the number of training points are dropped"""
+    ks: tuple[int, ...] = (1, 2, 3, 4, 5, 10, 20, 50, 70, 100, 200, 500, 1000)
+    """numbers of neighbors; those above the number of training points are dropped"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """distance between features"""
     vote: Literal["uniform", "distance", "softmax", "balanced"] = "uniform"
-    """majority; by 1 / distance; by exp(similarity / temperature); by share of the class's training points"""
+    """majority; 1 / distance; exp(similarity / temperature); share of a class's training points"""
     temperature: float = 0.07
-    """of the softmax vote"""
+    """temperature of the softmax vote"""
     loo: bool = True
     """choose k by leave-one-out on the training points"""
     pixels: bool = False
-    """judge the raw pixels of the runs' data sets as well"""
+    """also evaluate the raw pixels of the runs' data sets"""
     cache_dir: str = "cache"
-    """where the runs keep the decoded images of a folder"""
+    """folder in which the runs keep the decoded images of a folder"""
     probe: bool = False
-    """fit a linear probe as well: logistic regression on the frozen features, no augmentation"""
+    """also fit a linear probe: logistic regression on the frozen features, no augmentation"""
     confusion: bool = False
-    """show the confusion matrix at the chosen k"""
+    """print the confusion matrix at the chosen k"""
     embedding_2d: Literal["pca", "tsne", "none"] = "pca"
-    """how to draw the test features in two dimensions"""
-    output: Optional[str] = None
-    """folder for all files (unset: beside each input)"""
+    """projection for the 2-D plot of the test features"""
+    output: str | None = None
+    """folder for all files (unset: next to each input)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to search"""
+    """device of the neighbor search"""
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "ssl"
-    """project there"""
-    wandb_entity: Optional[str] = None
-    """user or team there"""
-
-
-PIXEL_KEYS = ("dataset", "data_dir", "image_size")  # what a run's meta names its images by
-
-
-def plain(text):
-    """Text out of a foreign file, short and on one line."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))[:80]
+    """Weights & Biases project"""
 
 
 def read_embeddings(path):
-    """The arrays and the meta of a run folder or an .npz file, without unlabelled rows. UserError."""
+    """Arrays, class names and meta of an embeddings.npz, without unlabelled rows. UserError."""
     from common import UserError, check, read_npz
 
-    path = path / "embeddings.npz" if os.path.isdir(path) else path
-    where = repr(str(path))
-    check(os.path.isfile(path), f"{where} is not there; name the folder of a finished run, or an .npz file")
-    data = read_npz(path, ["train_features", "train_labels", "test_features", "test_labels"], ["class_names", "meta"])
-    for part in ("train", "test"):
+    where, parts = repr(str(path)), ("train", "test")
+    check(path.is_file(), f"{where} does not exist; name a finished run's folder or an .npz file")
+    needed = ["train_features", "train_labels", "test_features", "test_labels"]
+    data = {"class_names": [], "meta": "{}", **read_npz(path, needed, ["class_names", "meta"])}
+    for part in parts:
         features, labels = data[f"{part}_features"], data[f"{part}_labels"]
-        is_float = features.dtype.name in ("float16", "float32", "float64")
-        check(is_float and features.ndim == 2 and features.shape[1] > 0,
-              f"{where}: {part}_features is {features.dtype} {list(features.shape)}, not float [N, D]")  # fmt: skip
-        labelling = labels.dtype.kind in "iu" and labels.shape == features.shape[:1]
-        check(labelling, f"{where}: {part}_labels is {labels.dtype} {list(labels.shape)}, not {len(features)} integers")
-        check(len(features) > 0, f"{where}: {part}_features has no rows: nothing to judge")
-        check(np.isfinite(features).all(), f"{where}: {part}_features has values that are not finite")
-        labels = labels.astype(np.int64)
-        labelled = labels != -1
-        check(labelled.any(), f"{where}: all {part} images are unlabelled: nothing to judge")
-        if not labelled.all():
-            print(f"{where}: dropped {(~labelled).sum()} unlabelled of {len(labels)} {part} images")
-            features, labels = features[labelled], labels[labelled]
-        data[f"{part}_features"], data[f"{part}_labels"] = features, labels
-    widths = [data[f"{part}_features"].shape[1] for part in ("train", "test")]
-    check(widths[0] == widths[1], f"{where}: train_features is {widths[0]} wide, test_features {widths[1]}")
-    try:
-        data["meta"] = dict(json.loads(str(data.get("meta", "{}"))))
-        if data.setdefault("class_names", np.array([], str)).ndim != 1:
-            raise ValueError
-        data["class_names"] = [plain(name) for name in data["class_names"].tolist()]
-    except Exception:  # whatever json and NumPy raise on foreign text
-        raise UserError(f"{where}: meta must be a JSON object, and class_names strings") from None
-    return data
-
-
-def pixel_data(meta, cache_dir):
-    """The raw pixels of the data set that a run's meta names, in the form of read_embeddings. UserError."""
-    from common import UserError, check, load_images, square
-
-    try:
-        check(4 <= meta["image_size"] <= 1024, f"--pixels: an image size of {meta['image_size']} in the run's meta")
-        images = load_images(meta["dataset"], meta["data_dir"], meta["image_size"], cache_dir=cache_dir)
-    except KeyError:
-        raise UserError(f"--pixels: no data set is called {plain(meta['dataset'])!r}, as the run's meta says") from None
-    data = {"meta": {key: meta[key] for key in PIXEL_KEYS}, "class_names": images.class_names}
-    for part in ("train", "test"):
-        pixels, labels = getattr(images, part), getattr(images, f"{part}_labels")
-        check((labels != -1).any(), f"--pixels: {meta['dataset']} has no labelled {part} images")
-        pixels = torch.cat(
-            [square(pixels[rows], images.size) for rows in (labels != -1).nonzero().flatten().split(1024)]
+        is_matrix = features.dtype.kind == "f" and features.ndim == 2 and features.size
+        is_labels = labels.dtype.kind in "iu" and labels.shape == features.shape[:1]
+        check(
+            is_matrix and is_labels,
+            f"{where}: {part}_features must be float [N, D] and {part}_labels integers [N], not "
+            f"{features.dtype} {list(features.shape)} and {labels.dtype} {list(labels.shape)}",
         )
-        pixels = pixels[:, : 1 if images.grey else 3]  # three equal channels tell no more than one
-        data[f"{part}_features"], data[f"{part}_labels"] = pixels.flatten(1).numpy(), labels[labels != -1].numpy()
+        finite = np.isfinite(features).all()
+        check(finite, f"{where}: {part}_features has values that are not finite")
+        keep = labels != -1
+        check(keep.any(), f"{where}: all {part} images are unlabelled: nothing to evaluate")
+        if not keep.all():
+            print(f"{where}: dropped {(~keep).sum()} unlabelled of {len(keep)} {part} images")
+        data[f"{part}_features"] = features[keep]
+        data[f"{part}_labels"] = labels[keep].astype(np.int64)
+    train, test = (data[f"{part}_features"].shape for part in parts)
+    check(
+        train[1] == test[1],
+        f"{where}: train_features [N, {train[1]}], test_features [M, {test[1]}]",
+    )
+    try:
+        data["meta"] = dict(json.loads(str(data["meta"])))
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: meta must be a JSON object") from None
     return data
 
 
-def wilson(share, n, z=1.96):
-    """95 % interval of a share observed on n points (Wilson 1927)."""
-    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+def read_inputs(args):
+    """Every input (none given: every run under runs/), its name and output folder. UserError."""
+    from common import UserError, check
+
+    inputs = []
+    for path in map(Path, args.inputs or sorted(Path("runs").glob("*/"))):
+        path = path / "embeddings.npz" if path.is_dir() else path
+        try:
+            data = read_embeddings(path)
+        except UserError as error:
+            if args.inputs:
+                raise
+            # An unfinished or unlabelled run does not stop the others.
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        full = path.resolve()
+        name = full.parent.name if full.name == "embeddings.npz" else full.stem
+        name = re.sub(r"[^\w.-]", "_", name)
+        folder = Path(args.output or path.parent)
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        writable = existing.is_dir() and os.access(existing, os.W_OK)
+        check(writable, f"cannot write to {str(folder)!r}; name another --output")
+        inputs.append(SimpleNamespace(name=name, folder=folder, pixels=False, **data))
+    check(inputs, "no run under runs/ to evaluate; train one (python simclr.py) or name an .npz")
+    unique = len({entry.name for entry in inputs}) == len(inputs)
+    folders = [entry.folder for entry in inputs]
+    for i, entry in enumerate(inputs, 1):
+        entry.name += "" if unique else f"-{i}"
+        entry.prefix = f"{entry.name}-" if folders.count(entry.folder) > 1 else ""
+    return inputs
 
 
-def linear_probe(data):
-    """Logistic regression on standardised frozen features, C chosen on a fifth of the training set; None: too few."""
+def read_pixels(inputs, cache_dir):
+    """The raw pixels of every data set that the inputs' meta names. UserError."""
+    from common import check, load_images, square
+
+    keys = ("dataset", "data_dir", "image_size")
+    sources = dict.fromkeys(tuple(map(entry.meta.get, keys)) for entry in inputs)
+    sources.pop((None, None, None), None)
+    check(sources, "--pixels needs a run: no input's meta names a data set")
+    entries = []
+    for i, source in enumerate(sources, 1):
+        images = load_images(*source, cache_dir=cache_dir)
+        entry = SimpleNamespace(name=f"pixels of {source[0]}", folder=inputs[0].folder, pixels=True)
+        entry.meta, entry.class_names = dict(zip(keys, source)), images.class_names
+        entry.prefix = f"pixels{i}-" if len(sources) > 1 else "pixels-"
+        for part in ("train", "test"):
+            pixels, labels = getattr(images, part), getattr(images, f"{part}_labels")
+            rows = (labels != -1).nonzero().flatten()
+            check(len(rows), f"--pixels: {source[0]} has no labelled {part} images")
+            pixels = [square(pixels[some], images.size).numpy() for some in rows.split(1024)]
+            # The three channels of gray images are equal.
+            pixels = np.concatenate(pixels)[:, : 1 if images.gray else 3]
+            setattr(entry, f"{part}_features", pixels.reshape(len(rows), -1))
+            setattr(entry, f"{part}_labels", labels[rows].numpy())
+        entries.append(entry)
+    return entries
+
+
+def linear_probe(entry):
+    """Logistic regression on standardized frozen features, C chosen on a fifth of the training set.
+
+    Returns None if there is one class, or a class with fewer than five training points.
+    """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import train_test_split
+    from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    features, labels = data["train_features"].astype(np.float32), data["train_labels"]
-    sizes = np.unique(labels, return_counts=True)[1]
-    if len(sizes) < 2 or min(sizes) < 5:
+    labels, sizes = entry.train_labels, np.unique(entry.train_labels, return_counts=True)[1]
+    if len(sizes) < 2 or sizes.min() < 5:
         return None
-    strengths = (0.001, 0.01, 0.1, 1, 10)
-    probes = {C: make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000)) for C in strengths}
-    fit, held_out, fit_labels, held_out_labels = train_test_split(
-        features, labels, test_size=max(len(sizes), len(labels) // 5), stratify=labels, random_state=0
-    )
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    grid = {"logisticregression__C": [0.001, 0.01, 0.1, 1, 10]}
+    fifth = max(len(sizes), len(labels) // 5)
+    held_out = StratifiedShuffleSplit(1, test_size=fifth, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not converged after 1,000 iterations is good enough to compare
-        C = max(probes, key=lambda C: probes[C].fit(fit, fit_labels).score(held_out, held_out_labels))
-        accuracy = probes[C].fit(features, labels).score(data["test_features"].astype(np.float32), data["test_labels"])
-    return {"C": C, "test_accuracy": accuracy}
+        # Not converged after 1,000 iterations is good enough to compare.
+        warnings.simplefilter("ignore")
+        probe = GridSearchCV(probe, grid, cv=held_out)
+        probe.fit(entry.train_features.astype(np.float32), labels)
+    accuracy = probe.score(entry.test_features.astype(np.float32), entry.test_labels)
+    return {"C": probe.best_params_["logisticregression__C"], "test_accuracy": accuracy}
 
 
-def evaluate(name, data, args, device):
-    """Sweep k over one input: what its knn.json holds. UserError."""
-    from common import UserError, check
+def measure(k, predicted, truth):
+    """The row of one k in knn.json."""
+    from scipy.stats import binomtest
+    from sklearn.metrics import recall_score
 
-    train, labels, test, truth = (data[f"{p}_{what}"] for p in ("train", "test") for what in ("features", "labels"))
-    ks = [k for k in sorted(set(args.ks)) if k <= len(train)]
-    check(ks, f"{name}: the smallest k, {min(args.ks)}, is above the {len(train)} training points; give a smaller --ks")
-    if len(ks) < len(set(args.ks)):
-        print(f"{name}: dropped every k above {len(train)}, the number of training points")
-    options = dict(metric=args.metric, vote=args.vote, temperature=args.temperature, device=device)
-    try:
-        predictions = knn_sweep(train, labels, test, ks, progress=f"{name}, test", **options)
-        ks = [k for k in ks if k < len(train)] if args.loo else []
-        loo = knn_sweep(train, labels, None, ks, progress=f"{name}, leave-one-out", **options) if ks else {}
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
-    loo = {k: float((predicted == labels).mean()) for k, predicted in loo.items()}
-    everywhere, classes = np.union1d(labels, truth).tolist(), np.unique(truth)
-    truth_ids = np.searchsorted(classes, truth)
-    sweep = []
-    for k, predicted in predictions.items():
-        right = predicted == truth
-        per_class = np.bincount(truth_ids, right) / np.bincount(truth_ids)
-        low, high = wilson(right.mean(), len(truth))
-        sweep.append({"k": k, "accuracy": float(right.mean()), "low": low, "high": high, "leave_one_out": loo.get(k),
-                      "balanced_accuracy": per_class.mean(), "per_class": per_class.tolist()})  # fmt: skip
-    best = max(loo, key=loo.get) if loo else min(predictions) if len(predictions) == 1 else None  # smallest of equals
-    accuracy = {row["k"]: row["accuracy"] for row in sweep}
-    names = {c: data["class_names"][c] if 0 <= c < len(data["class_names"]) else str(c) for c in everywhere}
+    correct = int((predicted == truth).sum())
+    interval = binomtest(correct, len(truth)).proportion_ci(method="wilson")
+    per_class = recall_score(truth, predicted, labels=np.unique(truth), average=None)
+    return {
+        "k": k,
+        "accuracy": correct / len(truth),
+        "low": interval.low,
+        "high": interval.high,
+        "leave_one_out": None,
+        "balanced_accuracy": per_class.mean(),
+        "per_class": per_class.tolist(),
+    }
+
+
+def evaluate(entry, args, device):
+    """Sweep k over one input. Returns the content of its knn.json. UserError."""
+    import torch
+    from sklearn.metrics import confusion_matrix
+
+    from common import check
+
+    train, labels, truth = entry.train_features, entry.train_labels, entry.test_labels
+    name, n = entry.name, len(train)
+    ks = [k for k in sorted(set(args.ks)) if k <= n]
+    check(ks, f"{name}: --ks {min(args.ks)} is above the {n} training points; give a smaller one")
+    if max(args.ks) > n:
+        print(f"{name}: dropped every k above {n}, the number of training points")
+    check(
+        args.loo or len(ks) == 1 or not args.confusion,
+        "--confusion needs a chosen k, and --no-loo chooses none; drop one, or give one k",
+    )
+
+    options = (args.metric, args.vote, args.temperature, device)
+    predictions = knn_sweep(train, labels, entry.test_features, ks, *options, f"{name}, test")
+    rows = [measure(k, predictions[k], truth) for k in ks]
+    chosen = rows[0] if len(ks) == 1 else None
+    chosen_by = "being the only k" if chosen else None
+    loo_ks = [k for k in ks if args.loo and k < n]
+    if loo_ks:
+        loo = knn_sweep(train, labels, None, loo_ks, *options, f"{name}, leave-one-out")
+        for row, predicted in zip(rows, loo.values()):
+            row["leave_one_out"] = float((predicted == labels).mean())
+        # The smallest k wins a tie.
+        chosen = max(rows[: len(loo)], key=lambda row: row["leave_one_out"])
+        chosen_by = "leave-one-out on the training set"
+    versions = {"numpy": np.__version__, "scikit-learn": sklearn.__version__}
+    names = {label: str(label) for label in np.union1d(labels, truth).tolist()}
+    names |= {label: n for label, n in enumerate(entry.class_names) if label in names}
     result = {
-        "name": name, "meta": data["meta"], "metric": args.metric, "vote": args.vote,
+        "name": name,
+        "meta": entry.meta,
+        "metric": args.metric,
+        "vote": args.vote,
         "temperature": args.temperature if args.vote == "softmax" else None,
-        "n_train": len(train), "n_test": len(test), "dim": train.shape[1], "classes": [names[c] for c in classes],
-        "sweep": sweep, "chosen_k": best, "test_accuracy": accuracy.get(best),
-        "chosen_by": "leave-one-out on the training set" if loo else "being the only k" if best else None,
-        "versions": {"numpy": np.__version__, "scikit-learn": sklearn.__version__, "torch": torch.__version__},
+        "n_train": n,
+        "n_test": len(truth),
+        "dim": train.shape[1],
+        "classes": [names[label] for label in np.unique(truth)],
+        "sweep": rows,
+        "chosen_k": chosen and chosen["k"],
+        "test_accuracy": chosen and chosen["accuracy"],
+        "chosen_by": chosen_by,
+        "versions": {**versions, "torch": torch.__version__},
         "command": shlex.join(sys.argv),
-    }  # fmt: skip
+    }
     if args.confusion:
-        check(best, "--confusion is that of the chosen k, and --no-loo chooses none; leave out one, or give one k")
-        check(len(names) <= 1000, f"{name}: --confusion of {len(names)} classes; it shows at most 1000")
-        cells = [np.searchsorted(everywhere, ids) for ids in (truth, predictions[best])]
-        matrix = np.bincount(cells[0] * len(names) + cells[1], minlength=len(names) ** 2).reshape(len(names), -1)
-        result["confusion"] = {"classes": list(names.values()), "true_by_predicted": matrix.tolist()}
+        matrix = confusion_matrix(truth, predictions[chosen["k"]], labels=list(names)).tolist()
+        result["confusion"] = {"classes": list(names.values()), "true_by_predicted": matrix}
+    if entry.pixels:
+        result["pixels"] = True
+    elif args.probe:
+        result["probe"] = linear_probe(entry)
     return result
 
 
-def report(results, args):
-    """Print the inputs, the table of accuracies, and for each input the chosen k with its accuracy."""
+def draw_embedding(entry, classes, args):
+    """A figure of the test features in two dimensions, colored by class; None if too few."""
+    from matplotlib.figure import Figure
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    # At most 5,000 points of all classes, which may come in order.
+    step = -(-len(entry.test_labels) // 5000)
+    features = entry.test_features[::step].astype(np.float32)
+    ids = np.unique(entry.test_labels, return_inverse=True)[1][::step]
+    n, too_few = len(classes), len(features) < 5 or features.shape[1] < 2
+    if args.embedding_2d == "none" or too_few:
+        return None
+    with warnings.catch_warnings():
+        # A collapsed encoder has no variance to explain.
+        warnings.simplefilter("ignore")
+        points = PCA(2, random_state=0).fit_transform(features)
+        if args.embedding_2d == "tsne" and points.std() > 0:
+            tsne = TSNE(perplexity=min(30, len(points) / 4), metric=args.metric, random_state=0)
+            points = tsne.fit_transform(features)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    colors = dict(cmap="tab10", vmax=9) if n <= 10 else dict(cmap="turbo", vmax=n - 1)
+    # In random order, so that no class covers another.
+    order = np.random.default_rng(0).permutation(len(points))
+    scatter = axes.scatter(*points[order].T, c=ids[order], s=8, vmin=0, alpha=0.7, **colors)
+    if 1 < n <= 20:
+        # An unescaped $ starts a formula.
+        names = [classes[i].replace("$", r"\$") for i in np.unique(ids)]
+        handles = scatter.legend_elements(num=None)[0]
+        axes.legend(handles, names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    method = "t-SNE" if args.embedding_2d == "tsne" else "PCA"
+    axes.set(title=f"{entry.name}: test features, {method}", xticks=[], yticks=[])
+    return figure
+
+
+def draw_sweep(results, ks, args):
+    """A figure of accuracy over k with 95 % bands; raw pixels and untrained encoders in gray."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
     for i, result in enumerate(results, 1):
-        meta = {key: plain(result["meta"][key]) for key in ("encoder", "epochs", "seed") if key in result["meta"]}
-        facts = {"n_train": result["n_train"], "n_test": result["n_test"], "D": result["dim"], **meta}
-        print(f"[{i}] {result['name']}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(f"\naccuracy on the test set in %, metric {args.metric}, vote {args.vote}"
-          + (f", temperature {args.temperature}" if args.vote == "softmax" else ""))  # fmt: skip
-    sweeps = [{row["k"]: 100 * row["accuracy"] for row in result["sweep"]} for result in results]
-    table = [["k", *(f"[{i}] " for i in range(1, len(results) + 1))]]
-    for k in sorted(set().union(*sweeps)):
-        table.append([k, *(f"{s[k]:.2f}{'*' if s[k] == max(s.values()) else ' '}" if k in s else "" for s in sweeps)])
-    to_100 = [[accuracy for k, accuracy in sweep.items() if k <= 100] for sweep in sweeps]
-    table.append(["mean to 100", *(f"{np.mean(found):.2f} " if found else "" for found in to_100)])
-    for row in table:
-        print(f"{row[0]:>12}" + "".join(f"{cell:>9}" for cell in row[1:]))
+        x = [row["k"] for row in result["sweep"]]
+        y, low, high = (
+            [100 * row[key] for row in result["sweep"]] for key in ("accuracy", "low", "high")
+        )
+        untrained = result["meta"].get("epochs") == 0
+        style = ":" if untrained else "--" if "pixels" in result else "-"
+        label = f"[{i}] {result['name']}" + (" (untrained)" if untrained else "")
+        color = f"C{i - 1}" if style == "-" else "0.4"
+        axes.plot(x, y, style, marker=".", color=color, label=label)
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        if result["chosen_k"]:
+            ring = dict(markersize=11, fillstyle="none", color=color)
+            axes.plot(result["chosen_k"], 100 * result["test_accuracy"], "o", **ring)
+    axes.set(xscale="log", xlabel="k (ring: the chosen one)", ylabel="test accuracy in %")
+    axes.set_title(f"kNN, {args.metric}, {args.vote} vote, 95 % bands")
+    if len(ks) <= 20:
+        axes.set_xticks(ks, ks)
+        axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def accuracy_table(results):
+    """A dict from each k to the test accuracies of all inputs, NaN where an input has no such k."""
+    sweeps = [{row["k"]: row["accuracy"] for row in result["sweep"]} for result in results]
+    ks = sorted(set().union(*sweeps))
+    return {k: np.array([sweep.get(k, np.nan) for sweep in sweeps]) for k in ks}
+
+
+def write_files(inputs, results, figures):
+    """Write knn.json and knn.csv of every input, and the figures: (path, figure) pairs by name."""
+    from common import atomic_write
+
+    for entry, result in zip(inputs, results):
+        entry.folder.mkdir(parents=True, exist_ok=True)
+        table, fields = io.StringIO(), list(result["sweep"][0])
+        # All but per_class, the last field.
+        writer = csv.DictWriter(table, fields[:-1], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(result["sweep"])
+        texts = {"knn.csv": table.getvalue(), "knn.json": json.dumps(result, indent=2)}
+        for ending, text in texts.items():
+            with atomic_write(entry.folder / f"{entry.prefix}{ending}") as file:
+                file.write(text.encode())
+    for path, figure in figures.values():
+        with atomic_write(path) as file:
+            figure.savefig(file, dpi=120, format="png")
+
+
+def report(results, table, args):
+    """Print the inputs, a table of accuracies, and the result at the chosen k of each input."""
+    for i, result in enumerate(results, 1):
+        meta = {key: result["meta"].get(key) for key in ("encoder", "epochs", "seed")}
+        print(
+            f"[{i}] {result['name']}: n_train {result['n_train']}, n_test {result['n_test']}, "
+            f"D {result['dim']}"
+            + "".join(f", {key} {meta[key]}" for key in meta if key in result["meta"])
+        )
+    temperature = f", temperature {args.temperature}" if args.vote == "softmax" else ""
+    print(f"\naccuracy on the test set in %, metric {args.metric}, vote {args.vote}{temperature}")
+    best = np.nanmax(list(table.values()), axis=0)
+    print(f"{'k':>12}" + "".join(f"{f'[{i}]':>8} " for i in range(1, len(results) + 1)))
+    for k, row in table.items():
+        cells = (f"{100 * a:8.2f}{'*' if a == b else ' '}" for a, b in zip(row, best))
+        print(f"{k:>12}" + "".join(cells).replace("nan", "   "))
+    to_100 = [row for k, row in table.items() if k <= 100]
+    means = np.nanmean(to_100, axis=0) if to_100 else []
+    print(f"{'mean to 100':>12}" + "".join(f"{100 * mean:8.2f} " for mean in means))
     print("* best of its column, found by looking at the test labels: not a result\n")
     for i, result in enumerate(results, 1):
-        row = next((row for row in result["sweep"] if row["k"] == result["chosen_k"]), None)
-        if row is None:
-            print(f"[{i}] no k chosen: --no-loo, and more than one k")
-            continue
-        print(f"[{i}] chosen k = {row['k']}, test accuracy = {100 * row['accuracy']:.2f} % "
-              f"(95 % interval {100 * row['low']:.2f} to {100 * row['high']:.2f})")  # fmt: skip
-        worst = int(np.argmin(row["per_class"]))
-        print(f"    k chosen by {result['chosen_by']}; balanced accuracy = {100 * row['balanced_accuracy']:.2f} %, "
-              f"lowest: class {result['classes'][worst]} with {100 * row['per_class'][worst]:.2f} %")  # fmt: skip
-        if "confusion" in result:
-            print("    confusion: rows are true classes, columns predicted ones; the last column is the % right")
-            matrix, width = result["confusion"]["true_by_predicted"], max(4, len(str(result["n_test"])))
-            for name, counts, j in zip(result["confusion"]["classes"], matrix, range(len(matrix))):
-                right = f"{100 * counts[j] / sum(counts):9.2f}" if sum(counts) else "        -"
-                print(f"{name[:14]:>18}" + "".join(f" {count:{width}}" for count in counts) + right)
+        report_chosen(i, result)
     for i, result in enumerate(results, 1):
         probe = result.get("probe")
         if probe:
-            print(f"[{i}] linear probe on the frozen features, no augmentation: test accuracy = "
-                  f"{100 * probe['test_accuracy']:.2f} % (C = {probe['C']})")  # fmt: skip
+            print(
+                f"[{i}] linear probe on the frozen features, no augmentation: test accuracy = "
+                f"{100 * probe['test_accuracy']:.2f} % (C = {probe['C']})"
+            )
         elif "probe" in result:
             print(f"[{i}] no linear probe: it needs two classes, and five training points of each")
 
 
-def draw_sweep(path, results, args):
-    """A PNG: accuracy over k with 95 % bands, a curve an input; raw pixels and untrained encoders in grey."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+def report_chosen(i, result):
+    row = next((row for row in result["sweep"] if row["k"] == result["chosen_k"]), None)
+    if row is None:
+        print(f"[{i}] no k chosen: --no-loo, and more than one k")
+        return
+    print(
+        f"[{i}] chosen k = {row['k']}, test accuracy = {100 * row['accuracy']:.2f} % "
+        f"(95 % interval {100 * row['low']:.2f} to {100 * row['high']:.2f})"
+    )
+    worst, name = min(zip(row["per_class"], result["classes"]), key=lambda pair: pair[0])
+    print(
+        f"    k chosen by {result['chosen_by']}; "
+        f"balanced accuracy = {100 * row['balanced_accuracy']:.2f} %, "
+        f"lowest: class {name} with {100 * worst:.2f} %"
+    )
+    if "confusion" in result:
+        print(
+            "    confusion: rows are true classes, columns predicted ones; "
+            "the last column is the % right"
+        )
+        names, matrix = result["confusion"].values()
+        width = max(4, len(str(result["n_test"])))
+        for j, (name, counts) in enumerate(zip(names, matrix)):
+            correct = f"{100 * counts[j] / sum(counts):.2f}" if sum(counts) else "-"
+            print(f"{name[:14]:>18}" + "".join(f" {n:{width}}" for n in counts) + f"{correct:>9}")
 
-    from common import atomic_write, matplotlib_colours
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    references = ["pixels" if result.get("pixels") else "untrained" if result["meta"].get("epochs") == 0 else None
-                  for result in results]  # fmt: skip
-    colours = iter(matplotlib_colours(references.count(None)))
-    for i, (result, reference) in enumerate(zip(results, references), 1):
-        ks = [row["k"] for row in result["sweep"]]
-        curves = [[100 * row[key] for row in result["sweep"]] for key in ("accuracy", "low", "high")]
-        colour, line = ("0.4", "--" if reference == "pixels" else ":") if reference else (next(colours), "-")
-        label = f"[{i}] {result['name']}" + (" (untrained)" if reference == "untrained" else "")
-        axes.plot(ks, curves[0], line, marker=".", color=colour, label=label)
-        axes.fill_between(ks, curves[1], curves[2], color=colour, alpha=0.08 if reference else 0.15, linewidth=0)
+def log_results(results, table, figures, args):
+    """With --track, log accuracies, chosen k and figures to Weights & Biases."""
+    from common import Tracker, git_commit
+
+    runs = {result["name"]: result["meta"] for result in results}
+    config = {**asdict(args), "runs": runs, "command": shlex.join(sys.argv), "commit": git_commit()}
+    folder = figures["knn"][0].parent
+    tracker = Tracker(args, f"knn-{results[0]['name']}", "knn", folder, config)
+    tracker.log_table("knn", ["k", *runs], [[k, *row] for k, row in table.items()])
+    for k, row in table.items():
+        tracker.log({"k": k, **{f"knn/{name}": a for name, a in zip(runs, row) if a == a}})
+    for result in results:
         if result["chosen_k"]:
-            chosen = curves[0][ks.index(result["chosen_k"])]
-            axes.plot(result["chosen_k"], chosen, "o", markersize=11, fillstyle="none", color=colour)
-    axes.set(xscale="log", xlabel="k (ring: the chosen one)", ylabel="accuracy on the test set in %",
-             title=f"kNN, {args.metric}, {args.vote} vote, 95 % bands")  # fmt: skip
-    shown = sorted({row["k"] for result in results for row in result["sweep"]})
-    if len(shown) <= 20:
-        axes.set_xticks(shown)
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120, format="png")
-
-
-def points_2d(features, args):
-    """Features [M, D] in two dimensions [M, 2]; None where there are too few to show."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    if args.embedding_2d == "none" or len(features) < 5 or features.shape[1] < 2:
-        return None
-    features = features.astype(np.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a collapsed encoder: there is no variance to explain
-        points = PCA(2, random_state=0).fit_transform(features)
-        if args.embedding_2d == "tsne" and points.std() > 0:
-            tsne = TSNE(perplexity=min(30, len(features) / 4), metric=args.metric, random_state=0)
-            points = tsne.fit_transform(features)
-    return points
+            for key in ("chosen_k", "test_accuracy"):
+                tracker.log({f"{key}/{result['name']}": result[key]})
+    for name, (path, _) in figures.items():
+        tracker.log_image(name, path)
+    tracker.finish()
 
 
 def main(args):
-    """Evaluate every input, and only then write the files. Returns what each knn.json holds."""
-    from common import Tracker, UserError, atomic_write, check, draw_embedding, git_commit, pick_device
+    """Evaluate every input, then write the files. Returns the content of each knn.json."""
+    from common import check, pick_device
 
-    check(args.ks, "--ks is empty; give one k or more, as in --ks 1 5 20")
+    check(args.ks, "--ks is empty; give at least one k, as in --ks 1 5 20")
     check(min(args.ks) >= 1, f"--ks {min(args.ks)}: every k must be at least 1")
-    check(0 < args.temperature < np.inf, f"--temperature {args.temperature} must be above 0 and finite")
-    check(args.vote != "softmax" or args.metric == "cosine", "--vote softmax weighs similarities; use --metric cosine")
+    finite = 0 < args.temperature < np.inf
+    check(finite, f"--temperature {args.temperature} must be positive and finite")
+    cosine = args.metric == "cosine" or args.vote != "softmax"
+    check(cosine, "--vote softmax weighs by similarity; use --metric cosine")
     device = pick_device(args.device)
     device = device if device.type == "cuda" else None
 
-    data = {Path(name): read_embeddings(Path(name)) for name in args.inputs}
-    for path in sorted(Path("runs").glob("*/")) if not args.inputs else ():
-        try:
-            data[path] = read_embeddings(path)
-        except UserError as error:  # an unfinished or unlabelled run does not hide the others
-            print(f"left out: {error}", file=sys.stderr)
-    check(data, "no run under runs/ can be judged; train one, as by python simclr.py, or name an .npz file")
-    called = {path: path.parent if path.name == "embeddings.npz" else path if path.is_dir() else path.with_suffix("")
-              for path in data}  # fmt: skip
-    called = {path: "".join(c if c.isalnum() or c in "._-" else "_" for c in short.resolve().name)[:80]
-              for path, short in called.items()}  # fmt: skip
-    names = {path: f"{name}-{i}" if len(set(called.values())) < len(called) else name
-             for i, (path, name) in enumerate(called.items(), 1)}  # fmt: skip
-    folders = {path: Path(args.output or (path if path.is_dir() else path.parent)) for path in data}
-    together = next(iter(folders.values()))
-    for folder in folders.values():
-        there = next(part for part in (folder.absolute(), *folder.absolute().parents) if os.path.exists(part))
-        writable = os.path.isdir(there) and os.access(there, os.W_OK)
-        check(writable, f"can not write to {str(folder)!r}; name another --output")
-
-    results, files = [], []  # all is computed before anything is written: a failure leaves the files of before alone
-    for path, arrays in data.items():
-        result = evaluate(names[path], arrays, args, device)
-        if args.probe:
-            result["probe"] = linear_probe(arrays)
-        alone = list(folders.values()).count(folders[path]) == 1
-        results.append(result)
-        files.append((folders[path], "" if alone else f"{names[path]}-"))
+    inputs = read_inputs(args)
     if args.pixels:
-        metas = [arrays["meta"] for arrays in data.values()]
-        metas = [meta for meta in metas if [type(meta.get(key)) for key in PIXEL_KEYS] == [str, str, int]]
-        named = {str([meta[key] for key in PIXEL_KEYS]): meta for meta in metas}
-        check(named, "--pixels needs a run: the meta of its embeddings.npz names the data set, and no input has one")
-        for i, meta in enumerate(named.values(), 1):
-            result = evaluate(f"pixels of {meta['dataset']}", pixel_data(meta, args.cache_dir), args, device)
-            results.append({**result, "pixels": True})
-            files.append((together, f"pixels{i}-" if len(named) > 1 else "pixels-"))
-
-    try:
-        together.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can not write to {str(together)!r} ({error.strerror}); name another --output") from None
-    pictures = {"knn": together / "knn.png"}
-    for (path, arrays), (folder, prefix) in zip(data.items(), files):
-        every = slice(None, None, -(-len(arrays["test_features"]) // 5_000))  # of all classes, which may come in order
-        points = points_2d(arrays["test_features"][every], args)
-        if points is not None:
-            picture = pictures[f"embedding_2d/{names[path]}"] = folder / f"{prefix}embedding_2d.png"
-            title = f"{names[path]}: test features, {args.embedding_2d.replace('pca', 'PCA').replace('tsne', 't-SNE')}"
-            draw_embedding(picture, points, arrays["test_labels"][every], arrays["class_names"], title)
-    draw_sweep(pictures["knn"], results, args)
-    for result, (folder, prefix) in zip(results, files):
-        text = io.StringIO()
-        table = csv.DictWriter(text, list(result["sweep"][0])[:-1], extrasaction="ignore")  # all but per_class
-        table.writeheader()
-        table.writerows(result["sweep"])
-        for ending, content in (("knn.csv", text.getvalue()), ("knn.json", json.dumps(result, indent=2))):
-            with atomic_write(folder / f"{prefix}{ending}") as file:
-                file.write(content.encode())
-    report(results, args)
-    print("\nwrote", *(folder / f"{prefix}knn.json" for folder, prefix in files), *pictures.values())
-
-    tracker = Tracker(args.track, args.wandb_project, args.wandb_entity, together, f"knn-{results[0]['name']}",
-                      {**asdict(args), "runs": {result["name"]: result["meta"] for result in results},
-                       "command": shlex.join(sys.argv), "commit": git_commit()})  # fmt: skip
-    sweeps = {result["name"]: {row["k"]: row["accuracy"] for row in result["sweep"]} for result in results}
-    shown = sorted(set().union(*sweeps.values()))
-    tracker.log_table("knn", ["k", *sweeps], [[k, *(sweep.get(k) for sweep in sweeps.values())] for k in shown])
-    for k in shown:
-        tracker.log({"k": k, **{f"knn/{name}": sweep[k] for name, sweep in sweeps.items() if k in sweep}})
-    for result in results:
-        if result["chosen_k"]:
-            tracker.log({f"{key}/{result['name']}": result[key] for key in ("chosen_k", "test_accuracy")})
-    for key, path in pictures.items():
-        tracker.log_image(key, path)
-    tracker.finish()
+        inputs += read_pixels(inputs, args.cache_dir)
+    # Compute everything before writing anything: a failure leaves earlier files as they are.
+    results = [evaluate(entry, args, device) for entry in inputs]
+    table = accuracy_table(results)
+    figures = {"knn": (inputs[0].folder / "knn.png", draw_sweep(results, list(table), args))}
+    for entry, result in zip(inputs, results):
+        figure = None if entry.pixels else draw_embedding(entry, result["classes"], args)
+        if figure:
+            path = entry.folder / f"{entry.prefix}embedding_2d.png"
+            figures[f"embedding_2d/{entry.name}"] = (path, figure)
+    write_files(inputs, results, figures)
+    report(results, table, args)
+    jsons = [entry.folder / f"{entry.prefix}knn.json" for entry in inputs]
+    print("\nwrote", *jsons, *(path for path, _ in figures.values()))
+    log_results(results, table, figures, args)
     return results
 
 
