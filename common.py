@@ -772,7 +772,9 @@ class Run:
         print(f"{self.method} on {config['device']}: {self.dir}")
         print("  " + "  ".join(f"{k}={v}" for k, v in config["args"].items() if v is not None))
         group = f"{self.method}-{self.args.dataset}"
-        self.tracker = Tracker(self.args, self.dir, group=group, config=config, id=wandb_id)
+        self.tracker = Tracker(
+            self.args, self.dir, name=self.dir.name, group=group, config=config, id=wandb_id
+        )
 
     def draw_views(self, draw):
         """views.png: each row an image, then three pairs of views by draw(images) -> (v1, v2)."""
@@ -944,8 +946,7 @@ class Tracker:
 
     def __init__(self, args, folder, **options):
         self.active = args.track
-        options |= dict(project=args.wandb_project, dir=str(folder), name=folder.name)
-        self._try(self._start, **options)
+        self._try(self._start, project=args.wandb_project, dir=str(folder), **options)
 
     def _start(self, **options):
         import wandb

@@ -15,13 +15,11 @@ on a CPU, and PyTorch searches on a GPU. README.md, section kNN evaluation, expl
 import csv
 import io
 import json
-import os
 import re
 import shlex
 import sys
 import warnings
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -32,9 +30,9 @@ import tyro
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from sklearn.utils import check_array, check_consistent_length
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-# Bytes of the neighbors and votes of one chunk of queries, and on a GPU of one block of distances.
+# Bytes that one chunk of queries takes.
 BUDGET = 2**28
 
 
@@ -47,7 +45,6 @@ def knn_sweep(
     vote="uniform",
     temperature=0.07,
     device=None,
-    progress=None,
 ):
     """Predict labels by a vote of the k nearest training points, for every k from one search.
 
@@ -60,7 +57,6 @@ def knn_sweep(
         cosine only; Wu et al. 2018, arXiv:1805.01978), "balanced" (votes of a class over its number
         of training points). The smallest label wins a tied vote.
     device: None searches with scikit-learn on the CPU, a PyTorch device searches there in float64.
-    progress: title of a progress bar, shown in a terminal.
 
     Predictions ("uniform", "distance") equal those of scikit-learn's KNeighborsClassifier, except
     where training points of different labels at the same distance straddle k.
@@ -78,12 +74,14 @@ def knn_sweep(
     if (train == train[0]).all():
         return {k: np.full(len(test), classes[sizes.argmax()]) for k in ks}
     kneighbors = NearestNeighbors(algorithm="brute").fit(train).kneighbors
+    query_bytes = 64 * ks[-1] + 32 * len(classes)
     if device is not None:
-        kneighbors = partial(_torch_kneighbors, train, device)
+        kneighbors = _torch_kneighbors(train, device)
+        query_bytes += 8 * len(train)
     predictions = {k: np.empty(len(test), classes.dtype) for k in ks}
-    chunk = min(4096, max(1, BUDGET // (64 * ks[-1] + 32 * len(classes))))
+    chunk = min(4096, max(1, BUDGET // query_bytes))
     starts = range(0, len(test), chunk)
-    for start in tqdm(starts, progress, leave=False, delay=1, disable=not progress or None):
+    for start in tqdm(starts, "neighbors", leave=False, delay=5, disable=None):
         distances, neighbors = kneighbors(test[start : start + chunk], ks[-1] + leave_one_out)
         rows = np.arange(len(distances))
         points = np.tile(sizes, (len(rows), 1))
@@ -107,22 +105,18 @@ def _prepare(features, metric):
     return normalize(features) if metric == "cosine" else features
 
 
-def _torch_kneighbors(train, device, queries, k):
-    """Exact search on a PyTorch device: Euclidean distances and indices [m, k], ascending."""
+def _torch_kneighbors(train, device):
+    """Exact search on a PyTorch device: a function like NearestNeighbors.kneighbors."""
     import torch
 
     # float64: TF32 matrix products would change neighbors.
-    queries = torch.from_numpy(queries).to(device, torch.float64)
-    distances = queries[:, :0]
-    indices = distances.long()
-    block = max(1, BUDGET // (8 * max(queries.shape)))
-    for start in range(0, len(train), block):
-        points = torch.from_numpy(train[start : start + block]).to(queries)
-        new = torch.cdist(queries, points).topk(min(k, len(points)), largest=False)
-        distances = torch.hstack([distances, new.values])
-        distances, order = distances.topk(min(k, distances.shape[1]), largest=False)
-        indices = torch.hstack([indices, new.indices + start]).gather(1, order)
-    return distances.cpu().numpy(), indices.cpu().numpy()
+    train = torch.from_numpy(train).to(device, torch.float64)
+
+    def kneighbors(queries, k):
+        distances = torch.cdist(torch.from_numpy(queries).to(train), train)
+        return [part.cpu().numpy() for part in distances.topk(k, largest=False)]
+
+    return kneighbors
 
 
 def _drop_self(distances, neighbors, own):
@@ -187,7 +181,7 @@ class Args:
 
 def read_embeddings(path):
     """Arrays, class names and meta of an embeddings.npz, without unlabelled rows. UserError."""
-    from common import UserError, check, read_npz
+    from common import check, read_npz, user_errors
 
     where, parts = repr(str(path)), ("train", "test")
     check(path.is_file(), f"{where} does not exist; name a finished run's folder or an .npz file")
@@ -210,15 +204,10 @@ def read_embeddings(path):
             print(f"{where}: dropped {(~keep).sum()} unlabelled of {len(keep)} {part} images")
         data[f"{part}_features"] = features[keep]
         data[f"{part}_labels"] = labels[keep].astype(np.int64)
-    train, test = (data[f"{part}_features"].shape for part in parts)
-    check(
-        train[1] == test[1],
-        f"{where}: train_features [N, {train[1]}], test_features [M, {test[1]}]",
-    )
-    try:
+    train, test = (data[f"{part}_features"].shape[1] for part in parts)
+    check(train == test, f"{where}: train_features have D = {train}, test_features D = {test}")
+    with user_errors(f"{where}: meta must be a JSON object", (TypeError, ValueError)):
         data["meta"] = dict(json.loads(str(data["meta"])))
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: meta must be a JSON object") from None
     return data
 
 
@@ -241,9 +230,6 @@ def read_inputs(args):
         name = full.parent.name if full.name == "embeddings.npz" else full.stem
         name = re.sub(r"[^\w.-]", "_", name)
         folder = Path(args.output or path.parent)
-        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        writable = existing.is_dir() and os.access(existing, os.W_OK)
-        check(writable, f"cannot write to {str(folder)!r}; name another --output")
         inputs.append(SimpleNamespace(name=name, folder=folder, pixels=False, **data))
     check(inputs, "no run under runs/ to evaluate; train one (python simclr.py) or name an .npz")
     unique = len({entry.name for entry in inputs}) == len(inputs)
@@ -302,8 +288,8 @@ def linear_probe(entry):
         # Not converged after 1,000 iterations is good enough to compare.
         warnings.simplefilter("ignore")
         probe = GridSearchCV(probe, grid, cv=held_out)
-        probe.fit(entry.train_features.astype(np.float32), labels)
-    accuracy = probe.score(entry.test_features.astype(np.float32), entry.test_labels)
+        probe.fit(entry.train_features, labels)
+    accuracy = probe.score(entry.test_features, entry.test_labels)
     return {"C": probe.best_params_["logisticregression__C"], "test_accuracy": accuracy}
 
 
@@ -328,7 +314,6 @@ def measure(k, predicted, truth):
 
 def evaluate(entry, args, device):
     """Sweep k over one input. Returns the content of its knn.json. UserError."""
-    import torch
     from sklearn.metrics import confusion_matrix
 
     from common import check
@@ -339,25 +324,20 @@ def evaluate(entry, args, device):
     check(ks, f"{name}: --ks {min(args.ks)} is above the {n} training points; give a smaller one")
     if max(args.ks) > n:
         print(f"{name}: dropped every k above {n}, the number of training points")
-    check(
-        args.loo or len(ks) == 1 or not args.confusion,
-        "--confusion needs a chosen k, and --no-loo chooses none; drop one, or give one k",
-    )
 
     options = (args.metric, args.vote, args.temperature, device)
-    predictions = knn_sweep(train, labels, entry.test_features, ks, *options, f"{name}, test")
+    predictions = knn_sweep(train, labels, entry.test_features, ks, *options)
     rows = [measure(k, predictions[k], truth) for k in ks]
     chosen = rows[0] if len(ks) == 1 else None
     chosen_by = "being the only k" if chosen else None
     loo_ks = [k for k in ks if args.loo and k < n]
     if loo_ks:
-        loo = knn_sweep(train, labels, None, loo_ks, *options, f"{name}, leave-one-out")
+        loo = knn_sweep(train, labels, None, loo_ks, *options)
         for row, predicted in zip(rows, loo.values()):
             row["leave_one_out"] = float((predicted == labels).mean())
         # The smallest k wins a tie.
         chosen = max(rows[: len(loo)], key=lambda row: row["leave_one_out"])
         chosen_by = "leave-one-out on the training set"
-    versions = {"numpy": np.__version__, "scikit-learn": sklearn.__version__}
     names = {label: str(label) for label in np.union1d(labels, truth).tolist()}
     names |= {label: n for label, n in enumerate(entry.class_names) if label in names}
     result = {
@@ -365,7 +345,7 @@ def evaluate(entry, args, device):
         "meta": entry.meta,
         "metric": args.metric,
         "vote": args.vote,
-        "temperature": args.temperature if args.vote == "softmax" else None,
+        "temperature": args.temperature,
         "n_train": n,
         "n_test": len(truth),
         "dim": train.shape[1],
@@ -374,12 +354,12 @@ def evaluate(entry, args, device):
         "chosen_k": chosen and chosen["k"],
         "test_accuracy": chosen and chosen["accuracy"],
         "chosen_by": chosen_by,
-        "versions": {**versions, "torch": torch.__version__},
+        "versions": {"numpy": np.__version__, "scikit-learn": sklearn.__version__},
         "command": shlex.join(sys.argv),
     }
-    if args.confusion:
-        matrix = confusion_matrix(truth, predictions[chosen["k"]], labels=list(names)).tolist()
-        result["confusion"] = {"classes": list(names.values()), "true_by_predicted": matrix}
+    if args.confusion and chosen:
+        matrix = confusion_matrix(truth, predictions[chosen["k"]], labels=[*names]).tolist()
+        result["confusion"] = {"classes": [*names.values()], "true_by_predicted": matrix}
     if entry.pixels:
         result["pixels"] = True
     elif args.probe:
@@ -395,7 +375,7 @@ def draw_embedding(entry, classes, args):
 
     # At most 5,000 points of all classes, which may come in order.
     step = -(-len(entry.test_labels) // 5000)
-    features = entry.test_features[::step].astype(np.float32)
+    features = entry.test_features[::step]
     ids = np.unique(entry.test_labels, return_inverse=True)[1][::step]
     n, too_few = len(classes), len(features) < 5 or features.shape[1] < 2
     if args.embedding_2d == "none" or too_few:
@@ -409,17 +389,16 @@ def draw_embedding(entry, classes, args):
             points = tsne.fit_transform(features)
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
-    colors = dict(cmap="tab10", vmax=9) if n <= 10 else dict(cmap="turbo", vmax=n - 1)
+    colors = dict(cmap="tab10" if n <= 10 else "turbo", vmin=0, vmax=max(9, n - 1))
     # In random order, so that no class covers another.
     order = np.random.default_rng(0).permutation(len(points))
-    scatter = axes.scatter(*points[order].T, c=ids[order], s=8, vmin=0, alpha=0.7, **colors)
+    scatter = axes.scatter(*points[order].T, c=ids[order], s=8, alpha=0.7, **colors)
     if 1 < n <= 20:
         # An unescaped $ starts a formula.
         names = [classes[i].replace("$", r"\$") for i in np.unique(ids)]
         handles = scatter.legend_elements(num=None)[0]
         axes.legend(handles, names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    method = "t-SNE" if args.embedding_2d == "tsne" else "PCA"
-    axes.set(title=f"{entry.name}: test features, {method}", xticks=[], yticks=[])
+    axes.set(title=f"{entry.name}: test features, {args.embedding_2d}", xticks=[], yticks=[])
     return figure
 
 
@@ -441,13 +420,11 @@ def draw_sweep(results, ks, args):
         axes.plot(x, y, style, marker=".", color=color, label=label)
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         if result["chosen_k"]:
-            ring = dict(markersize=11, fillstyle="none", color=color)
-            axes.plot(result["chosen_k"], 100 * result["test_accuracy"], "o", **ring)
-    axes.set(xscale="log", xlabel="k (ring: the chosen one)", ylabel="test accuracy in %")
-    axes.set_title(f"kNN, {args.metric}, {args.vote} vote, 95 % bands")
-    if len(ks) <= 20:
-        axes.set_xticks(ks, ks)
-        axes.minorticks_off()
+            axes.scatter(result["chosen_k"], 100 * result["test_accuracy"], 99, color, alpha=0.4)
+    title = f"kNN, {args.metric}, {args.vote} vote, 95 % bands"
+    axes.set(xscale="log", xlabel="k (large dot: chosen)", ylabel="test accuracy in %", title=title)
+    axes.set_xticks(ks, ks)
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -462,10 +439,11 @@ def accuracy_table(results):
 
 def write_files(inputs, results, figures):
     """Write knn.json and knn.csv of every input, and the figures: (path, figure) pairs by name."""
-    from common import atomic_write
+    from common import atomic_write, user_errors
 
     for entry, result in zip(inputs, results):
-        entry.folder.mkdir(parents=True, exist_ok=True)
+        with user_errors(f"cannot write to --output {str(entry.folder)!r}", OSError):
+            entry.folder.mkdir(parents=True, exist_ok=True)
         table, fields = io.StringIO(), list(result["sweep"][0])
         # All but per_class, the last field.
         writer = csv.DictWriter(table, fields[:-1], extrasaction="ignore")
@@ -483,23 +461,18 @@ def write_files(inputs, results, figures):
 def report(results, table, args):
     """Print the inputs, a table of accuracies, and the result at the chosen k of each input."""
     for i, result in enumerate(results, 1):
-        meta = {key: result["meta"].get(key) for key in ("encoder", "epochs", "seed")}
-        print(
-            f"[{i}] {result['name']}: n_train {result['n_train']}, n_test {result['n_test']}, "
-            f"D {result['dim']}"
-            + "".join(f", {key} {meta[key]}" for key in meta if key in result["meta"])
-        )
-    temperature = f", temperature {args.temperature}" if args.vote == "softmax" else ""
-    print(f"\naccuracy on the test set in %, metric {args.metric}, vote {args.vote}{temperature}")
-    best = np.nanmax(list(table.values()), axis=0)
-    print(f"{'k':>12}" + "".join(f"{f'[{i}]':>8} " for i in range(1, len(results) + 1)))
+        facts = dict(n_train=result["n_train"], n_test=result["n_test"], D=result["dim"])
+        for key in ("encoder", "epochs", "seed"):
+            if key in result["meta"]:
+                facts[key] = result["meta"][key]
+        print(f"[{i}] {result['name']}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
+    print(f"\naccuracy on the test set in %, metric {args.metric}, vote {args.vote}")
+    print(f"{'k':>12}" + "".join(f"{f'[{i}]':>9}" for i in range(1, len(results) + 1)))
     for k, row in table.items():
-        cells = (f"{100 * a:8.2f}{'*' if a == b else ' '}" for a, b in zip(row, best))
-        print(f"{k:>12}" + "".join(cells).replace("nan", "   "))
+        print(f"{k:>12}" + "".join(f"{100 * a:9.2f}" for a in row).replace("nan", "   "))
     to_100 = [row for k, row in table.items() if k <= 100]
     means = np.nanmean(to_100, axis=0) if to_100 else []
-    print(f"{'mean to 100':>12}" + "".join(f"{100 * mean:8.2f} " for mean in means))
-    print("* best of its column, found by looking at the test labels: not a result\n")
+    print(f"{'mean to 100':>12}" + "".join(f"{100 * mean:9.2f}" for mean in means), "\n")
     for i, result in enumerate(results, 1):
         report_chosen(i, result)
     for i, result in enumerate(results, 1):
@@ -510,7 +483,7 @@ def report(results, table, args):
                 f"{100 * probe['test_accuracy']:.2f} % (C = {probe['C']})"
             )
         elif "probe" in result:
-            print(f"[{i}] no linear probe: it needs two classes, and five training points of each")
+            print(f"[{i}] no linear probe: it needs two classes of five training points or more")
 
 
 def report_chosen(i, result):
@@ -529,15 +502,9 @@ def report_chosen(i, result):
         f"lowest: class {name} with {100 * worst:.2f} %"
     )
     if "confusion" in result:
-        print(
-            "    confusion: rows are true classes, columns predicted ones; "
-            "the last column is the % right"
-        )
-        names, matrix = result["confusion"].values()
-        width = max(4, len(str(result["n_test"])))
-        for j, (name, counts) in enumerate(zip(names, matrix)):
-            correct = f"{100 * counts[j] / sum(counts):.2f}" if sum(counts) else "-"
-            print(f"{name[:14]:>18}" + "".join(f" {n:{width}}" for n in counts) + f"{correct:>9}")
+        print("    confusion: rows are true classes, columns predicted ones")
+        for name, counts in zip(*result["confusion"].values()):
+            print(f"{name[:14]:>18}" + "".join(f" {count:5}" for count in counts))
 
 
 def log_results(results, table, figures, args):
@@ -547,16 +514,14 @@ def log_results(results, table, figures, args):
     runs = {result["name"]: result["meta"] for result in results}
     config = {**asdict(args), "runs": runs, "command": shlex.join(sys.argv), "commit": git_commit()}
     folder = figures["knn"][0].parent
-    tracker = Tracker(args, f"knn-{results[0]['name']}", "knn", folder, config)
-    tracker.log_table("knn", ["k", *runs], [[k, *row] for k, row in table.items()])
+    tracker = Tracker(args, folder, name=f"knn-{results[0]['name']}", group="knn", config=config)
     for k, row in table.items():
         tracker.log({"k": k, **{f"knn/{name}": a for name, a in zip(runs, row) if a == a}})
     for result in results:
         if result["chosen_k"]:
             for key in ("chosen_k", "test_accuracy"):
                 tracker.log({f"{key}/{result['name']}": result[key]})
-    for name, (path, _) in figures.items():
-        tracker.log_image(name, path)
+    tracker.log({name: path for name, (path, _) in figures.items()})
     tracker.finish()
 
 
@@ -566,8 +531,7 @@ def main(args):
 
     check(args.ks, "--ks is empty; give at least one k, as in --ks 1 5 20")
     check(min(args.ks) >= 1, f"--ks {min(args.ks)}: every k must be at least 1")
-    finite = 0 < args.temperature < np.inf
-    check(finite, f"--temperature {args.temperature} must be positive and finite")
+    check(args.temperature > 0, f"--temperature {args.temperature} must be above 0")
     cosine = args.metric == "cosine" or args.vote != "softmax"
     check(cosine, "--vote softmax weighs by similarity; use --metric cosine")
     device = pick_device(args.device)
@@ -587,8 +551,7 @@ def main(args):
             figures[f"embedding_2d/{entry.name}"] = (path, figure)
     write_files(inputs, results, figures)
     report(results, table, args)
-    jsons = [entry.folder / f"{entry.prefix}knn.json" for entry in inputs]
-    print("\nwrote", *jsons, *(path for path, _ in figures.values()))
+    print("\nwrote knn.json, knn.csv and figures to", *{str(entry.folder) for entry in inputs})
     log_results(results, table, figures, args)
     return results
 

@@ -252,11 +252,9 @@ def test_k_is_chosen_without_test_labels(run_cli, tmp_path):
     """Other test labels change the accuracy, not the chosen k; --no-loo chooses none."""
     data = write(tmp_path / "a.npz")
     write(tmp_path / "b.npz", test_labels=np.roll(data["test_labels"], 7))
-    out = run_cli(knn_eval, tmp_path / "a.npz", tmp_path / "b.npz").out
+    run_cli(knn_eval, tmp_path / "a.npz", tmp_path / "b.npz")
     a, b = (knn_json(tmp_path, prefix) for prefix in ("a-", "b-"))
     assert a["chosen_k"] == b["chosen_k"] and a["test_accuracy"] != b["test_accuracy"]
-    best = [f"{100 * max(row['accuracy'] for row in result['sweep']):.2f}*" for result in (a, b)]
-    assert all(mark in out for mark in best)
     out = run_cli(knn_eval, tmp_path / "a.npz", "--no-loo", "--ks", 1, 5).out
     assert "no k chosen" in out and knn_json(tmp_path)["chosen_k"] is None
 
@@ -329,7 +327,6 @@ MISTAKES = {
     "k above n": ({}, ["--ks", 500], "160 training points"),
     "temperature": ({}, ["--temperature", 0], "--temperature 0"),
     "softmax": ({}, ["--vote", "softmax", "--metric", "euclidean"], "--metric cosine"),
-    "confusion": ({}, ["--confusion", "--no-loo"], "--no-loo"),
     "output": ({}, ["--output", __file__], "--output"),
     "pixels": (dict(meta=np.array("{}")), ["--pixels"], "--pixels"),
 }
