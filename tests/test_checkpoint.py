@@ -1,0 +1,433 @@
+"""A run folder: its files, that a stop or a kill changes nothing, and what keeps the checkpoint."""
+
+import errno
+import json
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import filelock
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, flags
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+import byol
+import common
+import simclr
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def read_checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def outcome(folder):
+    """All that must not depend on stops: the results' bytes, and the log without its times."""
+    records = read_log(folder)
+    for record in records:
+        del record["seconds"], record["samples_per_sec"]
+    return [(folder / name).read_bytes() for name in ("encoder.pt", "embeddings.npz")], records
+
+
+def at_step(monkeypatch, chosen, action):
+    """Call action() while this step is under way."""
+    record = common.Run.record
+
+    def recording(run, step, *rest):
+        if step == chosen:
+            action()
+        record(run, step, *rest)
+
+    monkeypatch.setattr(common.Run, "record", recording)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def train(run_cli, tiny, folder):
+    """train(module, **changes): the command line of a tiny run in `folder`."""
+
+    def run(module=simclr, **changes):
+        return run_cli(module, *flags(**tiny(**{"run_dir": folder, **changes})))
+
+    return run
+
+
+@pytest.fixture
+def stopped(train, monkeypatch):
+    """The result of a run of simclr.py, stopped in the middle of its second epoch."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
+        return train()
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_files_of_a_finished_run(method, finished, tiny):
+    """args.json, log.jsonl and the pictures hold what the README says, and nothing else is left."""
+    folder = finished(method.__name__)
+    names = "args.json checkpoint.pt curves.png embeddings.npz encoder.pt log.jsonl views.png"
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == names.split()
+    config = json.loads((folder / "args.json").read_text())
+    assert config["method"] == method.__name__ and config["device"] == "cpu"
+    assert config["versions"]["torch"] in torch.__version__ and config["command"]
+    # Resolved by the recipe and by the data.
+    assert config["args"] | tiny(encoder="resnet18", image_size=8) == config["args"]
+    assert None not in config["args"].values()
+
+    keys = "epoch step loss spread lr seconds samples_per_sec".split()
+    records = read_log(folder)
+    assert [record["step"] for record in records] == [3, 6, 9]
+    assert [list(record) for record in records] == [keys, keys, [*keys, "knn_acc"]]
+    with Image.open(folder / "views.png") as views, Image.open(folder / "curves.png") as curves:
+        # 8 rows of an image and 6 views of 64 pixels, with a border of 2.
+        assert views.size == (7 * 66 + 2, 8 * 66 + 2)
+        curves.load()
+
+
+def test_embeddings_are_those_of_the_encoder_in_eval_mode(method, finished, tiny):
+    """encoder.pt alone, and the clean images, give the features of embeddings.npz."""
+    folder = finished(method.__name__)
+    images = common.load_images("npz", tiny()["data_dir"])
+    encoder, info = common.load_encoder(folder / "encoder.pt")
+    arrays = dict(np.load(folder / "embeddings.npz", allow_pickle=False))
+    for part in ("train", "test"):
+        labels, features = arrays.pop(f"{part}_labels"), arrays.pop(f"{part}_features")
+        assert labels.dtype == np.int64
+        np.testing.assert_array_equal(labels, getattr(images, f"{part}_labels"))
+        with torch.no_grad():
+            pixels = common.normalize(getattr(images, part), info["mean"], info["std"])
+            expected = encoder(pixels).numpy()
+        assert features.dtype == np.float32 and features.shape[1] == info["feature_dim"]
+        np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-4)
+    assert info["class_names"] == arrays.pop("class_names").tolist() == list("0123456789")
+    meta = dict(method=method.__name__, dataset="npz", image_size=8, epochs=3, seed=1)
+    assert meta.items() <= json.loads(str(arrays.pop("meta"))).items()
+    assert not arrays
+    # BYOL keeps the online encoder, not the target.
+    network = read_checkpoint(folder)["network"]
+    prefix = "online.encoder." if method is byol else "encoder."
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(value, network[prefix + key])
+
+
+def test_knn_acc_ends_the_log(method, finished):
+    """knn_acc of the last epoch is scikit-learn's accuracy on embeddings.npz."""
+    folder = finished(method.__name__)
+    arrays = np.load(folder / "embeddings.npz")
+    knn = KNeighborsClassifier(5, metric="cosine")
+    knn.fit(arrays["train_features"], arrays["train_labels"])
+    accuracy = knn.score(arrays["test_features"], arrays["test_labels"])
+    assert read_log(folder)[-1]["knn_acc"] == pytest.approx(accuracy, abs=1e-9)
+
+
+def test_eval_every(train, folder, finished):
+    """knn_acc is logged every --eval-every epochs and at the end, printed, and changes nothing."""
+    result = train(eval_every=2, checkpoint_every=2)
+    assert result.status == 0 and not result.err, result
+    records = read_log(folder)
+    assert ["knn_acc" in record for record in records] == [False, True, True]
+    lines = [line for line in result.out.splitlines() if line.startswith("epoch ")]
+    assert lines[2].endswith(f"knn_acc {records[2]['knn_acc']:.4g}") and "knn_acc" not in lines[0]
+    assert f"wrote {folder}; next: python knn_eval.py {folder}" in result.out
+    assert outcome(folder)[0] == outcome(finished("simclr"))[0]
+
+
+def test_seed(train, tmp_path):
+    """The same --seed gives the same bytes, another seed others."""
+    for name, seed in dict(a=1, b=1, c=2).items():
+        assert train(run_dir=tmp_path / name, seed=seed, epochs=1).status == 0
+    a, b, c = (np.load(tmp_path / name / "embeddings.npz")["test_features"] for name in "abc")
+    assert np.array_equal(a, b) and not np.allclose(a, c)
+
+
+def test_epochs_0(train, method, folder):
+    """--epochs 0 evaluates the encoder as initialized by the seed."""
+    assert train(method, epochs=0).status == 0
+    common.seed_draws(1, "weights")
+    expected, _ = common.build_encoder("resnet18", 8, 16)
+    for key, value in common.load_encoder(folder / "encoder.pt")[0].state_dict().items():
+        assert torch.equal(value, expected.state_dict()[key])
+    ((epoch, accuracy),) = [(record["epoch"], record["knn_acc"]) for record in read_log(folder)]
+    assert epoch == 0 and 0 <= accuracy <= 1
+
+
+def test_collapse_warning(train, folder, monkeypatch):
+    """Constant embeddings have spread 0 in the log, and a warning is printed."""
+    forward = simclr.SimCLR.forward
+    constant = lambda *args: [0 * z + 1 for z in forward(*args)]  # noqa: E731
+    monkeypatch.setattr(simclr.SimCLR, "forward", constant)
+    result = train(epochs=1)
+    assert result.status == 0 and "warning: the embeddings collapse (spread 0.0" in result.err
+    assert read_log(folder)[0]["spread"] < 1e-3
+
+
+# ---------------------------------------------------------------- stop, kill, resume
+
+
+def test_stop_at_every_step_resumes_to_the_same_bytes(train, method, finished, folder, monkeypatch):
+    """Ctrl-C or SIGTERM at each of the 9 steps in turn: a checkpoint, 130 or 143, equal results."""
+    for step in range(9):
+        number = (signal.SIGINT, signal.SIGTERM)[step % 2]
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda: signal.raise_signal(number))
+            result = train(method, resume=True, checkpoint_every=2)
+        assert result.status == 128 + number
+        assert result.err == f"stopped; resume with --run-dir {folder} --resume\n"
+        assert read_checkpoint(folder)["step"] == step + 1
+        assert len(read_log(folder)) == (step + 1) // 3
+        assert not (folder / "embeddings.npz").exists()
+    # The handlers are put back.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train(method, resume=True, checkpoint_every=2).status == 0
+    assert outcome(folder) == outcome(finished(method.__name__))
+
+
+# Kills its process at the n-th call of a function of os or of a method of Run.
+KILL = """
+import os, signal, sys, byol, common
+name, count = sys.argv.pop(1), int(sys.argv.pop(1))
+owner = os if hasattr(os, name) else common.Run
+function = getattr(owner, name)
+def kill(*args):
+    global count
+    count -= 1
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args)
+setattr(owner, name, kill)
+common.cli(byol.Args, byol.main)
+"""
+
+
+def test_kill_resumes_to_the_same_bytes(train, tiny, finished, folder):
+    """A process killed while it writes or trains leaves no partial file, and can be resumed."""
+    command = [sys.executable, "-c", KILL]
+    words = flags(**tiny(run_dir=folder, resume=True))
+    # While args.json and the first checkpoint are written, in mid-epoch, before encoder.pt.
+    for moment in ("fsync 2", "replace 4", "record 5", "replace 7"):
+        environment = dict(os.environ, PYTHONPATH=str(ROOT))
+        done = subprocess.run([*command, *moment.split(), *words], env=environment)
+        assert done.returncode == -signal.SIGKILL
+        assert (folder / "args.json").exists() == (moment != "fsync 2")
+        assert (folder / "checkpoint.pt").exists() == (moment in ("record 5", "replace 7"))
+        assert (folder / "embeddings.npz").exists() == (moment == "replace 7")
+        assert not (folder / "encoder.pt").exists()
+    assert read_checkpoint(folder)["step"] == 9
+    assert train(byol, resume=True).status == 0
+    assert outcome(folder) == outcome(finished("byol"))
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_resume_of_a_finished_run(train, method, finished, folder):
+    """Resuming a finished run writes the same results again."""
+    shutil.copytree(finished(method.__name__), folder)
+    assert train(method, resume=True).status == 0
+    assert outcome(folder) == outcome(finished(method.__name__))
+
+
+def half_precision_on_the_cpu(args):
+    """common.set_up as on an old GPU."""
+    return torch.device("cpu"), torch.float16
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_resume_in_another_precision(stopped, train, folder, monkeypatch, precision):
+    """Colab may give another GPU: a checkpoint of fp32 resumes; fp16's scale is logged and kept."""
+    if precision == "fp16":
+        monkeypatch.setattr(common, "set_up", half_precision_on_the_cpu)
+    assert train(resume=True, precision=precision).status == 0
+    assert read_checkpoint(folder)["step"] == 9
+    scale = read_checkpoint(folder)["scaler"].get("scale")
+    assert [r.get("scale") for r in read_log(folder)] == [None, scale, scale]
+    assert (scale is not None) == (precision == "fp16")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "module, changes, says",
+    [
+        (simclr, dict(resume=False), ["holds a run", "--resume"]),
+        (simclr, dict(lr=0.06), ["lr was 0.05 and is 0.06"]),
+        (simclr, dict(image_size=16), ["image_size was 8 and is 16"]),
+        (byol, {}, ["method was simclr and is byol"]),
+        (simclr, dict(data_dir="negative.npz"), ["training images have changed"]),
+    ],
+)
+def test_resume_refuses_another_run(
+    refused, tiny, tiny_npz, finished, folder, module, changes, says
+):
+    """Other arguments, another method and other images of the same number are refused."""
+    arrays = dict(np.load(tiny_npz))
+    np.savez("negative.npz", **arrays | dict(train_images=255 - arrays["train_images"]))
+    shutil.copytree(finished("simclr"), folder)
+    refused(module, *flags(**tiny(**{"run_dir": folder, "resume": True, **changes})), says=says)
+
+
+class Code:
+    """Its pickle creates a file where it is loaded."""
+
+    def __reduce__(self):
+        return open, ("the code ran", "w")
+
+
+def damage(name, whole, path):
+    """Replace a file by a damaged or foreign one."""
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 16
+    contents = dict(truncated=whole[:-100], flipped=flipped, text=b"{", code=pickle.dumps(Code()))
+    if name in contents:
+        path.write_bytes(contents[name])
+    elif name == "zipped code":
+        torch.save(Code(), path)
+    else:
+        torch.save([1, 2], path)
+
+
+@pytest.mark.parametrize("name", ["truncated", "flipped", "text", "code", "zipped code", "list"])
+def test_damaged_checkpoint_is_refused(refused, tiny, finished, folder, name):
+    """A damaged or foreign checkpoint.pt is one error line; code in it does not run."""
+    shutil.copytree(finished("simclr"), folder)
+    path = folder / "checkpoint.pt"
+    damage(name, path.read_bytes(), path)
+    refused(simclr, *flags(**tiny(run_dir=folder, resume=True)), says=["checkpoint.pt"])
+
+
+def test_checkpoint_of_another_network_is_refused(refused, tiny, finished, folder):
+    """A checkpoint whose weights do not fit is one error line."""
+    shutil.copytree(finished("simclr"), folder)
+    shutil.copy(finished("byol") / "checkpoint.pt", folder)
+    refused(simclr, *flags(**tiny(run_dir=folder, resume=True)), says=["does not fit this run"])
+
+
+def test_truncated_args_json_is_refused(refused, tiny, finished, folder):
+    """A damaged args.json is one error line."""
+    shutil.copytree(finished("simclr"), folder)
+    (folder / "args.json").write_text("{")
+    refused(simclr, *flags(**tiny(run_dir=folder, resume=True)), says=["args.json"])
+
+
+@pytest.mark.parametrize("name", ["truncated", "flipped", "text", "code", "zipped code", "list"])
+def test_load_encoder_refuses_damaged_files(finished, tmp_path, name):
+    """A damaged or foreign encoder.pt is a UserError; code in it does not run."""
+    damage(name, (finished("simclr") / "encoder.pt").read_bytes(), tmp_path / "encoder.pt")
+    with pytest.raises(common.UserError, match="encoder.pt"):
+        common.load_encoder(tmp_path / "encoder.pt")
+    assert not os.path.exists("the code ran")
+
+
+def test_read_npz_runs_no_code(tmp_path):
+    """An .npz with a pickle in it is a UserError; its code does not run."""
+    np.savez(tmp_path / "some.npz", train_images=np.array([Code()], object))
+    with pytest.raises(common.UserError, match="some.npz"):
+        common.read_npz(tmp_path / "some.npz", ["train_images"])
+    assert not os.path.exists("the code ran")
+
+
+def test_run_dir_in_use_is_refused(refused, tiny, folder, finished):
+    """A second run in the folder of a living one is refused, with --resume as well."""
+    shutil.copytree(finished("simclr"), folder)
+    with filelock.FileLock(folder / ".lock"):
+        refused(simclr, *flags(**tiny(run_dir=folder, resume=True)), says=["in use by another run"])
+
+
+def test_run_dir_is_free_after_an_exception(train, tiny, folder, finished, monkeypatch):
+    """A notebook's process lives on after an exception, keeps its traceback, and can resume."""
+
+    def main(**changes):
+        simclr.main(simclr.Args(**tiny(run_dir=str(folder), resume=True, **changes)))
+
+    def fail():
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError) as in_training:
+        at_step(patch, 4, fail)
+        main()
+    with pytest.raises(common.UserError, match="lr was") as at_the_start:
+        main(lr=0.06)
+    assert train(resume=True).status == 0, (in_training, at_the_start)
+    assert outcome(folder) == outcome(finished("simclr"))
+
+
+# ---------------------------------------------------------------- failures that keep the checkpoint
+
+
+def one_error(result, *says):
+    """Exit status 1 and one line with these words."""
+    assert result.status == 1 and result.err.startswith("error: "), result
+    assert len(result.err.splitlines()) == 1 and all(word in result.err for word in says), result
+
+
+def test_full_disk_keeps_the_checkpoint(train, folder, finished, monkeypatch):
+    """The second checkpoint meets a full disk: the first one is left, and the run resumes."""
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    at_step(monkeypatch, 5, lambda: monkeypatch.setattr(os, "fsync", full))
+    one_error(train(), "checkpoint.pt", "No space left on device")
+    monkeypatch.undo()
+    assert read_checkpoint(folder)["step"] == 3 and not list(folder.glob(".*.tmp"))
+    assert train(resume=True).status == 0
+    assert outcome(folder) == outcome(finished("simclr"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_while_logging(train, folder, monkeypatch):
+    """A log line that cannot be written ends the run with one line."""
+
+    def fill():
+        (folder / "log.jsonl").unlink()
+        (folder / "log.jsonl").symlink_to("/dev/full")
+
+    at_step(monkeypatch, 5, fill)
+    one_error(train(), "log.jsonl", "No space left on device")
+    assert read_checkpoint(folder)["step"] == 3
+
+
+def test_file_size_limit_keeps_the_checkpoint(stopped, train, tiny, folder, finished):
+    """A real process that may not write 1 MB keeps the checkpoint it resumed from."""
+    before = (folder / "checkpoint.pt").read_bytes()
+    words = flags(**tiny(run_dir=folder, resume=True))
+    command = shlex.join([sys.executable, str(ROOT / "simclr.py"), *words])
+    limited = ["bash", "-c", f"ulimit -f 1000; {command}"]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done
+    assert done.stderr.startswith("error: cannot write") and "checkpoint.pt" in done.stderr
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert train(resume=True).status == 0
+    assert outcome(folder) == outcome(finished("simclr"))
+
+
+@pytest.mark.parametrize(
+    "at, says, kept",
+    [(4, "the loss is not finite at step 5", 3), (8, "weights are not finite after step 8", 6)],
+)
+def test_not_finite_keeps_the_checkpoint(
+    train, method, folder, finished, monkeypatch, at, says, kept
+):
+    """A step that destroys the weights: the run ends at the next loss, before anything is saved."""
+    rate = method.learning_rate
+    with monkeypatch.context() as patch:
+        broken = lambda step, *rest: 1e30 if step == at else rate(step, *rest)  # noqa: E731
+        patch.setattr(method, "learning_rate", broken)
+        one_error(train(method), says, "--lr", "the last checkpoint is kept")
+    assert read_checkpoint(folder)["step"] == kept and not (folder / "encoder.pt").exists()
+    assert train(method, resume=True).status == 0
+    assert outcome(folder) == outcome(finished(method.__name__))
