@@ -51,7 +51,9 @@ SILENT = True if RANK else None
 class UserError(Exception):
     """A mistake the user can fix, printed without a traceback. `status` is the exit status."""
 
-    status = 2
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
 
 
 def check(condition, message):
@@ -73,9 +75,7 @@ def user_errors(message, types=Exception, status=2):
     except UserError:
         raise
     except types as error:
-        mistake = UserError(f"{message} ({one_line(error)})")
-        mistake.status = status
-        raise mistake from error
+        raise UserError(f"{message} ({one_line(error)})", status) from error
 
 
 def cli(args_class, main, recipes=None):
@@ -740,7 +740,7 @@ class Run:
         with user_errors(f"cannot read {str(path)!r}"):
             before = json.loads(path.read_text())
             old = dict(before["args"], method=before["method"])
-        for key, value in dict(asdict(self.args), method=self.method).items():
+        for key, value in dict(method=self.method, **asdict(self.args)).items():
             same = key in self.MAY_CHANGE or old.get(key) == value
             change = f"{key} was {old.get(key)} and is {value}"
             check(same, f"cannot resume {str(self.dir)!r}: {change}")
