@@ -416,18 +416,23 @@ def test_file_size_limit_keeps_the_checkpoint(stopped, train, tiny, folder, fini
 
 
 @pytest.mark.parametrize(
-    "at, says, kept",
-    [(4, "the loss is not finite at step 5", 3), (8, "weights are not finite after step 8", 6)],
+    "at, stop, says, kept",
+    [
+        (4, False, "the loss is not finite at step 5", 3),
+        (4, True, "the weights are not finite after step 4", 3),
+        (8, False, "not finite", 6),
+    ],
 )
 def test_not_finite_keeps_the_checkpoint(
-    train, method, folder, finished, monkeypatch, at, says, kept
+    train, method, folder, finished, monkeypatch, at, stop, says, kept
 ):
-    """A step that destroys the weights: the run ends at the next loss, before anything is saved."""
+    """A step that destroys the weights ends the run at the next loss, and is never saved."""
     rate = method.learning_rate
     with monkeypatch.context() as patch:
-        broken = lambda step, *rest: 1e30 if step == at else rate(step, *rest)  # noqa: E731
+        broken = lambda step, *rest: 1e60 if step == at else rate(step, *rest)  # noqa: E731
         patch.setattr(method, "learning_rate", broken)
-        one_error(train(method), says, "--lr", "the last checkpoint is kept")
+        at_step(patch, at, lambda: stop and signal.raise_signal(signal.SIGINT))
+        one_error(train(method), says, "--lr")
     assert read_checkpoint(folder)["step"] == kept and not (folder / "encoder.pt").exists()
     assert train(method, resume=True).status == 0
     assert outcome(folder) == outcome(finished(method.__name__))
