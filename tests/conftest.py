@@ -1,4 +1,4 @@
-"""What the tests share: tiny data, tiny runs, and the commands run inside this process."""
+"""What the tests share: tiny data, tiny runs, the command line in this process, one_graph."""
 
 import importlib
 import os
@@ -9,80 +9,95 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["WANDB_MODE"] = "offline"  # no test may reach a server
+# No test may reach a server.
+os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from functorch.compile import make_boxed_func  # noqa: E402
-from torch._dynamo.backends.common import aot_autograd  # noqa: E402
-from torch._ops import OpOverload  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._ops import OpOverload
 
-import common  # noqa: E402
+import common
 
-torch.set_num_threads(1)  # the same sums in the same order on every machine, and no fight for the cores
+# The same sums in the same order on every machine.
+torch.set_num_threads(1)
 
-METHODS = ["simclr", "byol", "barlow_twins"]
+# A method of this collection is one line here: the loss of its file m and its network's output.
+LOSS = {
+    "simclr": lambda m, out, temperature: m.info_nce(*out, temperature),
+    "byol": lambda m, out, ema: m.byol_loss(out[0], out[3]) + m.byol_loss(out[1], out[2]),
+    "barlow_twins": lambda m, out, lambd: m.barlow_twins_loss(*out, lambd),
+}
+METHODS = list(LOSS)
 # 96 images of 8 x 8 pixels in 3 steps an epoch: an epoch takes a tenth of a second.
-TINY = dict(dataset="npz", device="cpu", width=16, hidden_dim=16, projection_dim=16, batch_size=32, epochs=3, lr=0.05,
-            warmup_epochs=1.0, eval_every=0, knn_k=5, checkpoint_every=1)  # fmt: skip
+TINY = dict(dataset="npz", device="cpu", width=16, hidden_dim=16, projection_dim=16, batch_size=32)
+TINY |= dict(epochs=3, lr=0.05, warmup_epochs=1.0, eval_every=0, knn_k=5, checkpoint_every=1)
+
+# Methods of a tensor that read its values, and operators that need them on the host.
+READS = "item tolist cpu numpy __bool__ __float__ __int__ __index__ __array__ __contains__".split()
+WAITS = (
+    "_local_scalar_dense nonzero nonzero_static masked_select is_nonzero equal unique_dim _unique2 "
+    "unique_consecutive bincount repeat_interleave"
+).split()
 
 
 def flags(**values):
-    """Arguments of a method as the words of a command line."""
+    """Keyword values as the words of a command line; None is left out."""
     words = []
     for key, value in values.items():
-        key = "--" + key.replace("_", "-")
-        words += [key if value else key.replace("--", "--no-", 1)] if isinstance(value, bool) else [key, str(value)]
+        key = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        elif value is not None:
+            words += [f"--{key}", str(value)]
     return words
 
 
-# Methods of a tensor that read it, and operators that ask the device for a value, or for a shape that depends on one.
-READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"}
-WAITS = {"_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "is_nonzero", "equal", "unique_dim",
-         "_unique2", "unique_consecutive", "bincount", "repeat_interleave"}  # fmt: skip
-
-
 def waits(operator, args):
-    """Whether an ATen operator makes the host wait for the device; args are tensors or nodes of a graph."""
+    """Whether the host waits for the device in an ATen operator of tensors or graph nodes."""
     name = operator.overloadpacket.__name__
-    indices = [i for i in args[1] if i is not None] if name in ("index", "index_put", "index_put_") else []
-    return name in WAITS or any((i.meta["val"] if hasattr(i, "meta") else i).dtype == torch.bool for i in indices)
+    indices = args[1] if name in ("index", "index_put", "index_put_") else []
+    tensors = [i.meta["val"] if hasattr(i, "meta") else i for i in indices if i is not None]
+    return name in WAITS or any(tensor.dtype == torch.bool for tensor in tensors)
 
 
 def one_graph(function):
-    """The function compiled as one graph, forward and backward, in which nothing waits: else a call is an error.
+    """Compile as one graph, forward and backward; raises where the host would wait in it.
 
-    fullgraph alone does not see to the second: PyTorch traces .item() and boolean masks into the graph.
+    fullgraph alone is not enough: it traces .item() and boolean masks into the graph.
     """
 
     def inspect(graph, inputs):
         for node in graph.graph.nodes:
             reads = node.op == "call_method" and node.target in READS
-            assert not (reads or isinstance(node.target, OpOverload) and waits(node.target, node.args)), (
-                f"waits: {node.target}"
-            )
+            operator = isinstance(node.target, OpOverload)
+            waiting = reads or (operator and waits(node.target, node.args))
+            assert not waiting, f"waits: {node.target}"
         return make_boxed_func(graph.forward)
 
-    def both(graph, inputs):  # what was written, in which .item() still stands, and the operators that it comes down to
+    def backend(graph, inputs):
+        # The Python as written, then the operators that it comes down to.
         inspect(graph, inputs)
         return aot_autograd(fw_compiler=inspect)(graph, inputs)
 
-    torch.compiler.reset()  # it gives up on a line that has been compiled too often
-    return torch.compile(function, fullgraph=True, backend=both)
+    # The compiler gives up on a line that it has compiled too often.
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path_factory, monkeypatch):
-    """Each test in a folder of its own: what goes to runs/ or cache/ by default stays out of the project."""
-    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+def own_folder(tmp_path_factory, monkeypatch):
+    """Run each test in a folder of its own: runs/ and cache/ stay out of the project."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    """Each of the three method modules."""
+    """Each method module."""
     return importlib.import_module(request.param)
 
 
@@ -91,20 +106,23 @@ def tiny_npz(tmp_path_factory):
     """96 training and 40 test digits in MedMNIST's form."""
     images = common.load_images("digits")
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(path, train_images=images.train[:96, 0].numpy(), train_labels=images.train_labels[:96, None].numpy(),
-             test_images=images.test[:40, 0].numpy(), test_labels=images.test_labels[:40, None].numpy())  # fmt: skip
+    arrays = {}
+    for part, n in (("train", 96), ("test", 40)):
+        arrays[f"{part}_images"] = getattr(images, part)[:n, 0].numpy()
+        arrays[f"{part}_labels"] = getattr(images, f"{part}_labels")[:n, None].numpy()
+    np.savez(path, **arrays)
     return path
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_npz):
-    """tiny(**changes): the arguments of a run that takes a moment, as a dict."""
+    """tiny(**changes): the arguments of a run of a moment, as a dict."""
     return lambda **changes: {**TINY, "data_dir": str(tiny_npz), **changes}
 
 
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory):
-    """finished(name): the folder of one whole tiny run of a method, shared by all tests, which must not change it."""
+    """finished(name): the folder of one whole tiny run of a method, shared: do not change it."""
     runs = {}
 
     def run(name):
@@ -119,48 +137,49 @@ def finished(tiny, tmp_path_factory):
 
 @pytest.fixture
 def run_cli(monkeypatch, capsys):
-    """run_cli(module, *words): the command line inside this process. Returns status, out and err."""
+    """run_cli(module, *words): a command in this process -> status, out, err, warnings."""
 
     def run(module, *words):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
         capsys.readouterr()
         status = 0
-        with warnings.catch_warnings(record=True) as caught:  # pytest would hide what a user sees on stderr
+        # pytest would hide the warnings that a user sees on stderr.
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
-            warnings.simplefilter("ignore", ResourceWarning)  # Python itself hides these
+            # Python itself hides these.
+            warnings.simplefilter("ignore", ResourceWarning)
             try:
-                common.cli(module.Args, module.main)
-            except SystemExit as exit:
-                status = exit.code
+                common.cli(module.Args, module.main, getattr(module, "RECIPES", None))
+            except SystemExit as end:
+                status = end.code
         out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err, warnings=[str(w.message) for w in caught])
+        messages = [str(warning.message) for warning in caught]
+        return SimpleNamespace(status=status, out=out, err=err, warnings=messages)
 
     return run
 
 
 @pytest.fixture
 def refused(run_cli, monkeypatch, tmp_path):
-    """refused(module, *words, says=(...)): the command must end with `lines` error lines, and leave no trace."""
+    """refused(module, *words, says=(...)): only `lines` error lines with these words; no file."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
 
     def contents():
-        return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if not p.is_dir()}
-
-    def folders():
-        return {str(p) for p in tmp_path.rglob("*") if p.is_dir()}
+        stats = {path: path.stat() for path in tmp_path.rglob("*")}
+        return {path: path.is_dir() or (s.st_size, s.st_mtime_ns) for path, s in stats.items()}
 
     def run(module, *words, says=(), status=2, lines=1):
-        before = contents(), folders()
+        before = contents()
         result = run_cli(module, *words)
-        assert result.status == status, result
-        assert "Traceback" not in result.err and not result.warnings, result
         errors = result.err.splitlines()
-        assert len(errors) == lines and all(line.startswith("error: ") for line in errors), result.err
-        for word in says:
-            assert word in result.err, (word, result.err)
-        assert (contents(), folders()) == before
+        assert result.status == status and not result.warnings, result
+        assert len(errors) == lines, result.err
+        assert all(line.startswith("error: ") for line in errors), result.err
+        missing = [word for word in says if word not in result.err]
+        assert not missing, (missing, result.err)
+        assert contents() == before
         return result
 
     return run
