@@ -1,10 +1,13 @@
-"""Images in: every source, size and mode against an independent reading. Features out: encoder, embed, kNN, spread."""
+"""Images in, from every source; features out: the encoder, embed, the kNN monitor, spread."""
 
 import gzip
+import multiprocessing
 import os
-import struct
-import zlib
+import shutil
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,570 +22,592 @@ from torchvision.transforms import v2
 import common
 import simclr
 
+CPU = torch.device("cpu")
+
 
 def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def smooth(height, width, seed=0):
-    """An image without sharp edges: resizing it in two ways gives nearly the same."""
-    y, x = np.mgrid[0:height, 0:width] / max(height, width)
-    waves = [127 + 120 * np.sin(2 * np.pi * (f * x + g * y) + seed) for f, g in ((1, 0.5), (0.3, 1), (1, -1))]
-    return np.stack(waves, -1).round().astype(np.uint8)
+def smooth(height, width):
+    """A color image without sharp edges: two ways of resizing it nearly agree."""
+    return np.array(Image.fromarray(noise(4, 4, 3)).resize((width, height)))
+
+
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def load(root, size=None, cache="cache"):
+    return common.load_images("folder", root, size, cache)
+
+
+def load_npz(folder, **arrays):
+    np.savez(folder / "data.npz", **arrays)
+    return common.load_images("npz", folder / "data.npz")
 
 
 def as_hwc(image):
     return image.permute(1, 2, 0).numpy()
 
 
-# ------------------------------------------------------------------------------------------ digits
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """32 training and 8 test images of 24x30 pixels in two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(40):
+        name = f"{'test' if i % 5 == 4 else 'train'}/class {i % 2}/{i}.png"
+        write(root / name, noise(24, 30, 3, seed=i))
+    return root
 
 
-def test_digits():
+# ---------------------------------------------------------------- named data sets
+
+
+def test_digits_split():
+    """Every one of scikit-learn's digits is in one part, with its label; the split is fixed."""
     images, again = common.load_images("digits"), common.load_images("digits")
     assert images.train.shape == (1437, 3, 8, 8) and images.test.shape == (360, 3, 8, 8)
-    assert images.train.dtype == images.test.dtype == torch.uint8
-    assert images.train.max() == 255 and images.train.min() == 0
-    assert torch.equal(images.train, again.train) and torch.equal(images.test_labels, again.test_labels)
-    assert images.grey and images.class_names == [str(i) for i in range(10)]
-    assert images.train_labels.dtype == torch.int64
-    shares = [torch.bincount(labels) / len(labels) for labels in (images.train_labels, images.test_labels)]
-    assert (shares[0] - shares[1]).abs().max() < 0.003  # stratified
-    # Every one of scikit-learn's images is in one of the parts, once, with its own label.
-    theirs = load_digits()
-    rows = {
-        (tuple((image * 255 / 16).round().astype(int).ravel()), int(label))
-        for image, label in zip(theirs.images, theirs.target)
-    }
-    both, labels = torch.cat([images.train, images.test]), torch.cat([images.train_labels, images.test_labels])
-    mine = {(tuple(image[0].flatten().tolist()), int(label)) for image, label in zip(both, labels)}
-    assert len(both) == 1797 and mine == rows
+    assert torch.equal(images.train, again.train) and torch.equal(images.test, again.test)
+    assert images.gray and images.class_names == list("0123456789")
+    both = torch.cat([images.train, images.test])[:, 0].flatten(1)
+    labels = torch.cat([images.train_labels, images.test_labels])
+    pixels, truth = load_digits(return_X_y=True)
+    expected = np.column_stack([(pixels * 255 / 16).round(), truth])
+    assert sorted(np.column_stack([both, labels]).tolist()) == sorted(expected.tolist())
+    # A tenth of each class, stratified.
+    assert images.test_labels.bincount().min() >= 35
 
 
-def test_mean_and_std_against_numpy(tmp_path):
-    train = noise(50, 9, 9, 3) // np.array([1, 2, 3], dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", train_images=train)
-    images = common.load_images("npz", tmp_path / "a.npz")
-    scaled = train.astype(np.float64) / 255
-    np.testing.assert_allclose(images.mean, scaled.mean((0, 1, 2)), rtol=1e-9)
-    np.testing.assert_allclose(images.std, scaled.std((0, 1, 2)), rtol=1e-9)
-    clean = common.normalise(images.train, images.mean, images.std)
-    assert clean.dtype == torch.float32 and clean.mean().abs() < 1e-5 and (clean.std((0, 2, 3)) - 1).abs().max() < 1e-3
+def test_mean_and_std_equal_numpy(tmp_path):
+    """Those of the training images in [0, 1]; a constant channel has std 1e-3."""
+    train = noise(50, 9, 9, 3) // np.array([1, 2, 255], np.uint8)
+    images = load_npz(tmp_path, train_images=train)
+    mean, std = train.mean((0, 1, 2)) / 255, np.maximum(train.std((0, 1, 2)) / 255, 1e-3)
+    found = common.normalize(images.train, images.mean, images.std)
+    np.testing.assert_allclose(found.permute(0, 2, 3, 1), (train / 255 - mean) / std, atol=1e-5)
 
 
-def test_resize_against_torchvision(tmp_path):
-    """Other sizes come by torchvision's antialiased resize of the shorter side, then the centre square."""
-    train = np.stack([smooth(40, 30, seed) for seed in range(5)])
-    np.savez(tmp_path / "a.npz", train_images=train)
-    for size in (12, 30, 47):
-        images = common.load_images("npz", tmp_path / "a.npz", image_size=size)
-        theirs = v2.Resize(size, antialias=True)(torch.from_numpy(train).permute(0, 3, 1, 2))
-        top = (theirs.shape[2] - size) // 2
-        theirs = theirs[:, :, top : top + size]
-        assert images.train.shape == (5, 3, size, size)
-        assert (images.train.int() - theirs.int()).abs().max() <= 1, size
-    assert common.load_images("npz", tmp_path / "a.npz").train.shape[2:] == (30, 30)
-
-
-# ------------------------------------------------------------------------------------------ torchvision's data sets
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """Every download fails at once, as without a network."""
-
-    def fail(*args, **kwargs):
-        raise OSError("<urlopen error [Errno -2] Name or service not known>")
-
-    for module in (torchvision.datasets.mnist, torchvision.datasets.cifar, torchvision.datasets.stl10):
-        monkeypatch.setattr(module, "download_and_extract_archive", fail)
-    monkeypatch.setattr("urllib.request.urlopen", fail)
+@pytest.mark.parametrize("size", [12, 30, 47])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_square_equals_torchvision(shape, size):
+    """The shorter side is resized with antialiasing, then the center square is cut."""
+    images = torch.from_numpy(smooth(*shape)).permute(2, 0, 1)[None]
+    expected = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])(images)
+    torch.testing.assert_close(common.square(images, size), expected, rtol=0, atol=1)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "stl10"])
-def test_failed_download(run_cli, offline, name, tmp_path):
-    result = run_cli(simclr, "--dataset", name, "--data-dir", tmp_path / "data", "--run-dir", tmp_path / "run")
+def test_failed_download_is_one_error_line(run_cli, monkeypatch, name):
+    """Without a network, the line says where to place the files."""
+
+    def fail(*args, **options):
+        raise OSError("Name or service not known")
+
+    for module in ("mnist", "cifar", "stl10"):
+        download = f"torchvision.datasets.{module}.download_and_extract_archive"
+        monkeypatch.setattr(download, fail)
+    result = run_cli(simclr, "--dataset", name, "--data-dir", "files")
     assert result.status == 2 and len(result.err.splitlines()) == 1, result
-    assert result.err.startswith(f"error: could not get {name}") and "--dataset folder" in result.err
-    assert str(tmp_path / "data") in result.err and not (tmp_path / "run").exists()
+    assert result.err.startswith(
+        f"error: could not get {name}; place its original files in 'files'"
+    )
 
 
-def test_cifar_and_stl_keep_their_size(monkeypatch, tmp_path):
-    """The arrays as torchvision gives them (CIFAR: [N, 32, 32, 3], STL-10: [N, 3, 96, 96]) come out right side up."""
-    cifar, stl = noise(6, 32, 32, 3), noise(6, 3, 96, 96)
+@pytest.mark.parametrize(
+    "name, shape, axes",
+    [("CIFAR10", (32, 32, 3), (0, 3, 1, 2)), ("STL10", (3, 96, 96), (0, 1, 2, 3))],
+)
+def test_torchvision_layouts_keep_size_and_order(monkeypatch, name, shape, axes):
+    """[N, H, W, 3] and [N, 3, H, W] become [N, 3, S, S], not transposed."""
+    data, labels, splits = noise(3, *shape), [0, 1, -1], []
 
-    class Cifar:
-        data, targets, classes = cifar, [0, 1, 2, 0, 1, 2], ["a", "b", "c"]
+    def fake(root, download, **split):
+        splits.append(*split.values())
+        return SimpleNamespace(data=data, targets=labels, labels=np.array(labels), classes=[])
 
-        def __init__(self, root, train, download):
-            pass
-
-    class Stl:
-        data, labels, classes = stl, np.array([0, 1, -1, -1, 1, 0]), ["a", "b"]
-
-        def __init__(self, root, split, download):
-            assert split in ("train+unlabeled", "test")
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
-    monkeypatch.setattr(torchvision.datasets, "STL10", Stl)
-    images = common.load_images("cifar10", tmp_path)
-    assert images.train.shape == (6, 3, 32, 32) and not images.grey and images.class_names == ["a", "b", "c"]
-    assert np.array_equal(as_hwc(images.train[4]), cifar[4]) and images.train_labels.tolist() == [0, 1, 2, 0, 1, 2]
-    images = common.load_images("stl10", tmp_path)
-    assert np.array_equal(images.train.numpy(), stl) and images.train_labels.tolist() == [0, 1, -1, -1, 1, 0]
+    monkeypatch.setattr(torchvision.datasets, name, fake)
+    images = common.load_images(name.lower())
+    np.testing.assert_array_equal(images.train, data.transpose(axes))
+    assert images.train_labels.tolist() == labels and not images.gray
+    assert splits == ([True, False] if name == "CIFAR10" else ["train+unlabeled", "test"])
 
 
-def write_idx(path, array):
-    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes()))
-
-
-IDX = [
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-]
-
-
-def test_fashion_mnist_from_idx_files(monkeypatch, tmp_path, offline):
-    """The IDX files, placed where the error message says, are read without a download."""
-    import hashlib
-
+def test_fashion_mnist_from_idx_files(tmp_path):
+    """The original files of Fashion-MNIST, placed as torchvision does, are read offline."""
+    source = os.environ.get("SSL_TEST_FASHION_MNIST")
+    if not source:
+        pytest.skip("SSL_TEST_FASHION_MNIST does not name the folder of the four .gz files")
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    real = os.environ.get("SSL_TEST_FASHION_MNIST")
-    if real:
-        for name in IDX:
-            (raw / name[:-3]).write_bytes(gzip.decompress((Path(real) / name).read_bytes()))
-    else:
-        train, test = noise(40, 28, 28), noise(20, 28, 28, seed=1)
-        arrays = [train, np.arange(40, dtype=np.uint8) % 10, test, np.arange(20, dtype=np.uint8) % 10]
-        for name, array in zip(IDX, arrays):
-            write_idx(raw / name, array)
-    if not real:
-        resources = [(name, hashlib.md5((raw / name).read_bytes()).hexdigest()) for name in IDX]
-        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", resources)
-
-        def unpack(url, download_root, filename, md5):  # all that is left of a download: the file is there, unpack it
-            assert hashlib.md5((Path(download_root) / filename).read_bytes()).hexdigest() == md5
-            (Path(download_root) / filename[:-3]).write_bytes(
-                gzip.decompress((Path(download_root) / filename).read_bytes())
-            )
-
-        monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", unpack)
-    else:
-        monkeypatch.undo()
+    for path in Path(source).glob("*-ubyte.gz"):
+        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     images = common.load_images("fashion_mnist", tmp_path)
-    assert images.grey and images.train.shape[1:] == (3, 28, 28) and images.class_names[9] == "Ankle boot"
-    if real:
-        assert len(images.train) == 60000 and len(images.test) == 10000
-        assert torch.bincount(images.train_labels).tolist() == [6000] * 10
-    else:
-        assert np.array_equal(images.train[:, 1].numpy(), train) and np.array_equal(images.test[:, 2].numpy(), test)
-        assert images.train_labels.tolist() == [i % 10 for i in range(40)]
+    assert images.train.shape == (60000, 3, 28, 28) and images.test.shape == (10000, 3, 28, 28)
+    assert images.gray and images.train_labels.bincount().tolist() == [6000] * 10
 
 
-def test_cifar10_jpeg_folder(run_cli, tmp_path):
-    """A part of the real CIFAR-10 as JPEG files, through the command line."""
-    real = os.environ.get("SSL_TEST_CIFAR10")
-    if not real:
+def test_cifar10_jpeg_folder(tmp_path):
+    """The pixels of CIFAR-10's JPEG files are Pillow's, in classes sorted by name."""
+    source = os.environ.get("SSL_TEST_CIFAR10")
+    if not source:
         pytest.skip("SSL_TEST_CIFAR10 does not name the folder with train/ and test/")
-    for part in ("train", "test"):
-        for folder in sorted((Path(real) / part).iterdir())[:4]:
-            (tmp_path / "data" / part / folder.name).mkdir(parents=True)
-            for file in sorted(folder.iterdir())[:16]:
-                (tmp_path / "data" / part / folder.name / file.name).symlink_to(file)
-    images = common.load_images("folder", tmp_path / "data")
-    assert images.train.shape == images.test.shape == (64, 3, 32, 32) and not images.grey
-    for i in (0, 40):
-        with Image.open(tmp_path / "data" / images.train_files[i]) as image:
-            assert np.array_equal(as_hwc(images.train[i]), np.asarray(image.convert("RGB")))
-    words = dict(
-        dataset="folder", data_dir=tmp_path / "data", run_dir=tmp_path / "run", epochs=1, batch_size=32, width=16
-    )
-    result = run_cli(simclr, *flags(**words))
-    assert result.status == 0 and "kNN accuracy" in result.out, result
+    for folder in Path(source).glob("*/*"):
+        copy = tmp_path / folder.relative_to(source)
+        copy.mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:8]:
+            (copy / file.name).symlink_to(file)
+    images = load(tmp_path)
+    assert images.train.shape == images.test.shape == (80, 3, 32, 32) and not images.gray
+    assert images.train_labels.tolist() == np.repeat(range(10), 8).tolist()
+    with Image.open(tmp_path / images.train_files[40]) as image:
+        np.testing.assert_array_equal(as_hwc(images.train[40]), image)
 
 
-# ------------------------------------------------------------------------------------------ folders of images
+# ---------------------------------------------------------------- folders of images
 
-
-def test_folder_with_classes(tmp_path, capsys):
-    for part, count in (("train", 4), ("val", 2)):
-        for name in ("cat", "Hund \u72ac", ".ipynb_checkpoints"):
-            (tmp_path / part / name / "deeper").mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(noise(8, 8, 3, seed=i)).save(tmp_path / part / name / "deeper" / f"{i}.PNG")
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
-    (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"what macOS leaves")
-    images = common.load_images("folder", tmp_path)
-    assert images.class_names == ["Hund \u72ac", "cat"]
-    assert images.train_labels.tolist() == [0] * 4 + [1] * 4 and images.test_labels.tolist() == [0] * 2 + [1] * 2
-    assert (
-        images.train_files[0] == os.path.join("train", "Hund \u72ac", "deeper", "0.PNG") and len(images.test_files) == 4
-    )
-    assert np.array_equal(as_hwc(images.train[1]), noise(8, 8, 3, seed=1))
-    assert "ignored 1 file" in capsys.readouterr().out
-
-
-def test_folder_without_test_images(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        Image.fromarray(noise(8, 8, 3)).save(tmp_path / "train" / name / "0.png")
-    images = common.load_images("folder", tmp_path)
-    assert (
-        images.test.shape == (0, 3, 8, 8)
-        and images.test_labels.tolist() == []
-        and images.train_labels.tolist() == [0, 1]
-    )
-
-
-def test_folder_with_unlabelled_test_images(tmp_path):
-    for name in ("train/a", "train/b", "test"):
-        (tmp_path / name).mkdir(parents=True)
-        Image.fromarray(noise(8, 8, 3)).save(tmp_path / name / "0.png")
-    assert common.load_images("folder", tmp_path).test_labels.tolist() == [-1]
-
-
-def test_folder_with_an_unknown_test_class(tmp_path):
-    for name in ("train/a", "train/b", "test/c"):
-        (tmp_path / name).mkdir(parents=True)
-        Image.fromarray(noise(8, 8, 3)).save(tmp_path / name / "0.png")
-    with pytest.raises(common.UserError, match=r"lacks: \['c'\]"):
-        common.load_images("folder", tmp_path)
-
-
-def test_flat_folder_and_strange_names(tmp_path):
-    names = ["a b.png", "new\nline.png", "\u732b.png", "quote's \".png", "-flag.png", "sub/c.png"]
-    (tmp_path / "sub").mkdir()
-    for i, name in enumerate(names):
-        Image.fromarray(noise(8, 8, 3, seed=i)).save(tmp_path / name)
-    images = common.load_images("folder", tmp_path)
-    assert (
-        (images.train_labels == -1).all() and images.class_names == [] and sorted(images.train_files) == sorted(names)
-    )
-    for name, image in zip(images.train_files, images.train):
-        assert np.array_equal(as_hwc(image), noise(8, 8, 3, seed=names.index(name)))
-
-
-def test_labels_are_not_dropped_silently(tmp_path, capsys):
-    """One image beside the classes' folders makes the tree unlabelled: that is said, and where."""
-    for name in ("train/a", "train/b", "train"):
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise(8, 8, 3)).save(tmp_path / name / "stray.png")
-    assert (common.load_images("folder", tmp_path).train_labels == -1).all()
-    assert "no labels" in capsys.readouterr().out
-
-
-def test_links(tmp_path):
-    """Links to classes are read, a folder that holds itself is read once, a link to nothing is named."""
-    (tmp_path / "store").mkdir()
-    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "store" / "0.png")
-    (tmp_path / "data" / "train" / "b").mkdir(parents=True)
-    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "data" / "train" / "b" / "0.png")
-    (tmp_path / "data" / "train" / "a").symlink_to(tmp_path / "store")
-    (tmp_path / "data" / "train" / "b" / "loop").symlink_to(tmp_path / "data" / "train")
-    images = common.load_images("folder", tmp_path / "data")
-    assert images.class_names == ["a", "b"] and images.train_labels.tolist() == [0, 1]
-    (tmp_path / "store" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(common.UserError, match="gone.png"):
-        common.load_images("folder", tmp_path / "data")
-
-
-def write_modes(folder):
-    """name -> expected RGB array at its own size, by an independent reading; the files are written to folder."""
-    colour, grey = smooth(32, 48), smooth(32, 48)[..., 0]
-    deep = np.linspace(0, 65535, 32 * 48).reshape(32, 48).astype(np.uint16)
-    expected = {}
-
-    def put(name, image, pixels, **options):
-        image.save(folder / name, **options)
-        expected[name] = pixels
-
-    put("rgb.png", Image.fromarray(colour), colour)
-    put("grey.png", Image.fromarray(grey), np.stack([grey] * 3, -1))
-    put("one.png", Image.fromarray(grey > 127), np.stack([(grey > 127) * np.uint8(255)] * 3, -1))
-    put("la.png", Image.fromarray(np.stack([grey, grey], -1)), np.stack([grey] * 3, -1))
-    put("rgba.png", Image.fromarray(np.concatenate([colour, grey[..., None]], -1)), colour)
-    palette = Image.fromarray(colour).quantize(64)
-    put("palette.png", palette, np.array(palette.getpalette()).reshape(-1, 3)[np.asarray(palette)])
-    put("palette.gif", palette, np.array(palette.getpalette()).reshape(-1, 3)[np.asarray(palette)])
-    put("deep.png", Image.fromarray(deep), np.stack([deep >> 8] * 3, -1))
-    put("deep.tif", Image.fromarray(deep), np.stack([deep >> 8] * 3, -1))
-    put("colour.jpg", Image.fromarray(colour), colour, quality=95)
-    put("grey.jpeg", Image.fromarray(grey), np.stack([grey] * 3, -1), quality=95)
-    ink = np.concatenate([255 - colour, np.zeros_like(colour[..., :1])], -1)
-    put("cmyk.jpg", Image.fromarray(ink, mode="CMYK"), colour, quality=95)
-    put("lossless.webp", Image.fromarray(colour), colour, lossless=True)
-    for orientation, turned in (
-        (3, np.rot90(colour, 2)),
-        (6, np.rot90(colour, -1)),
-        (8, np.rot90(colour, 1)),
-        (2, colour[:, ::-1]),
-    ):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        put(f"exif{orientation}.jpg", Image.fromarray(colour), turned, quality=95, exif=exif)
-    return expected
-
-
-def test_modes_and_sizes(tmp_path):
-    """Each mode comes out as RGB, shorter side resized and centre square, as Pillow does it with the expected pixels."""
-    expected = write_modes(tmp_path)
-    for size, kept in ((32, 32), (16, 18), (8, 9)):  # an eighth larger, for the crops, where the files are as large
-        images = common.load_images("folder", tmp_path, image_size=size)
-        assert images.train.shape == (len(expected), 3, kept, kept) and images.size == size
-        assert sorted(images.train_files) == sorted(expected)
-        for name, image in zip(images.train_files, images.train):
-            pixels = Image.fromarray(np.ascontiguousarray(expected[name], np.uint8))
-            pixels = np.asarray(ImageOps.fit(pixels, (kept, kept), Image.Resampling.BILINEAR)).astype(int)
-            worst = np.abs(as_hwc(image).astype(int) - pixels)
-            assert worst.max() <= (15 if name.endswith(("jpg", "jpeg")) else 1), (name, size, worst.max())
-
-
-def test_usual_size(tmp_path):
-    for i, size in enumerate([(20, 30), (24, 24), (40, 22)]):
-        Image.fromarray(noise(*size, 3)).save(tmp_path / f"{i}.png")
-    assert common.load_images("folder", tmp_path).train.shape == (3, 3, 22, 22)
-    Image.fromarray(noise(300, 400, 3)).save(tmp_path / "big.png")
-    for i in range(3):
-        (tmp_path / f"{i}.png").unlink()
-    images = common.load_images("folder", tmp_path)
-    assert images.train.shape == (1, 3, 256, 256) and images.size == 224
-
-
-def png(width, height, data=b""):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
-def test_broken_images_are_all_named(refused, tmp_path):
-    """Garbage, an empty file, truncated ones, headers that claim too many pixels: one line for each, and no other."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(4):
-        Image.fromarray(noise(64, 64, 3, seed=i)).save(folder / f"good {i}.png")
-    Image.fromarray(noise(64, 64, 3)).save(folder / "cut.jpg")
-    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
-    (folder / "cut.png").write_bytes((folder / "good 0.png").read_bytes()[:3000])
-    (folder / "empty.png").touch()
-    (folder / "two\nlines.gif").write_bytes(b"garbage")
-    (folder / "bomb.png").write_bytes(png(100_000, 100_000, zlib.compress(bytes(1000))))
-    (folder / "bomb9.png").write_bytes(png(9_500, 9_500, zlib.compress(bytes(1000))))  # Pillow alone only warns
-    words = dict(dataset="folder", data_dir=folder, batch_size=2, epochs=1, width=16)
-    result = refused(simclr, *flags(**words), lines=6, says=["10000000000 pixels", "90250000 pixels"])
-    for name in ("cut.jpg", "cut.png", "empty.png", "two\\nlines.gif", "bomb.png", "bomb9.png"):
-        assert result.err.count(name) >= 1, name
-    assert "good" not in result.err
-
-
-# ------------------------------------------------------------------------------------------ npz
-
-
-def test_npz_grey_and_colour(tmp_path):
-    for shape in [(12, 9, 9), (12, 9, 9, 1), (12, 9, 9, 3)]:
-        train, test = noise(*shape), noise(5, *shape[1:], seed=1)
-        np.savez_compressed(tmp_path / "a.npz", train_images=train, train_labels=np.arange(12, dtype=np.uint8)[:, None] % 3,
-                            test_images=test, test_labels=np.arange(5)[:, None] % 3, val_images=test)  # fmt: skip
-        images = common.load_images("npz", tmp_path / "a.npz")
-        assert images.train.shape == (12, 3, 9, 9) and images.test.shape == (5, 3, 9, 9)
-        assert images.train_labels.tolist() == [i % 3 for i in range(12)] and images.class_names == ["0", "1", "2"]
-        assert images.grey == (shape[3:] != (3,))
-        assert np.array_equal(as_hwc(images.test[2]), np.broadcast_to(test[2].reshape(9, 9, -1), (9, 9, 3)))
-
-
-def test_npz_that_is_three_pixels_high(tmp_path):
-    """[N, 3, W, 3] holds colours in its last axis; and what is too small for the encoders is refused."""
-    assert np.array_equal(as_hwc(common._channels_first(torch.tensor(noise(6, 3, 9, 3)))[5]), noise(6, 3, 9, 3)[5])
-    np.savez(tmp_path / "a.npz", train_images=noise(6, 3, 3, 3))
-    with pytest.raises(common.UserError, match="3 pixels a side"):
-        common.load_images("npz", tmp_path / "a.npz")
-    assert common.load_images("npz", tmp_path / "a.npz", image_size=4).train.shape == (6, 3, 4, 4)
-
-
-def test_npz_oblong_and_large(tmp_path):
-    np.savez(tmp_path / "a.npz", train_images=noise(4, 20, 30))
-    assert common.load_images("npz", tmp_path / "a.npz").train.shape == (4, 3, 20, 20)
-    np.savez(tmp_path / "a.npz", train_images=noise(2, 300, 250, 3))
-    assert common.load_images("npz", tmp_path / "a.npz").train.shape == (2, 3, 224, 224)
-
-
-def test_npz_without_labels_or_test(tmp_path):
-    np.savez(tmp_path / "a.npz", train_images=noise(6, 8, 8))
-    images = common.load_images("npz", tmp_path / "a.npz")
-    assert images.train_labels.tolist() == [-1] * 6 and images.test.shape == (0, 3, 8, 8) and images.class_names == []
-    np.savez(tmp_path / "a.npz", train_images=noise(6, 8, 8), test_images=noise(2, 16, 12), test_labels=[1, 0])
-    images = common.load_images("npz", tmp_path / "a.npz")
-    assert images.test.shape == (2, 3, 8, 8) and images.test_labels.tolist() == [1, 0] and len(images.class_names) == 2
-
-
-GOOD = dict(
-    train_images=noise(9, 8, 8), train_labels=np.arange(9), test_images=noise(3, 8, 8), test_labels=np.arange(3)
-)
-MALFORMED = {
-    "no train_images": ({"images": GOOD["train_images"]}, "lacks train_images"),
-    "float images": ({**GOOD, "train_images": np.full((9, 8, 8), np.nan)}, "float64"),
-    "five dimensions": ({**GOOD, "train_images": noise(9, 8, 8, 3, 1)}, "[9, 8, 8, 3, 1]"),
-    "two channels": ({**GOOD, "train_images": noise(9, 8, 8, 2)}, "[9, 8, 8, 2]"),
-    "no pixels": ({**GOOD, "train_images": noise(9, 0, 8)}, "no pixels"),
-    "no images": ({"train_images": noise(0, 8, 8)}, "empty"),
-    "a label too few": ({**GOOD, "train_labels": np.arange(8)}, "train_labels"),
-    "a test label too many": ({**GOOD, "test_labels": np.arange(4)}, "test_labels"),
-    "float labels": ({**GOOD, "train_labels": np.full(9, np.nan)}, "train_labels"),
-    "one-hot labels": ({**GOOD, "train_labels": np.eye(9, dtype=int)}, "train_labels"),
-    "words": ({**GOOD, "train_labels": np.array(list("abcdefghi"))}, "train_labels"),
-    "huge labels": ({**GOOD, "train_labels": np.full(9, 2**60)}, "train_labels"),
-    "negative labels": ({**GOOD, "train_labels": np.arange(9) - 5}, "train_labels"),
-    "objects": ({**GOOD, "train_labels": np.array([None] * 9, dtype=object)}, "no readable .npz"),
+# Files, class names, labels of the training and of the test images.
+LAYOUTS = {
+    "train and test": ("train/b/0.png train/a/x/1.PNG test/a/2.png", "a b", [0, 1], [0]),
+    "val": ("train/b/0.png train/a/1.png val/b/2.png", "a b", [0, 1], [1]),
+    "no test": ("train/a/0.png train/b/1.png", "a b", [0, 1], []),
+    "unlabelled test": ("train/a/0.png train/b/1.png test/2.png", "a b", [0, 1], [-1]),
+    "tree": ("0.png sub/1.png sub/deeper/2.png", "", [-1, -1, -1], []),
+    "loose file in train": ("train/a/0.png train/1.png test/a/2.png", "", [-1, -1], [-1]),
+    "hidden": (
+        "train/a/0.png train/b/1.png train/.ipynb_checkpoints/2.png train/a/._3.png",
+        "a b",
+        [0, 1],
+        [],
+    ),
+    "odd names": ("train/-a/new\nline.png train/'猫\"/*.jpg.png", "'猫\" -a", [0, 1], []),
 }
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-def test_npz_malformed(refused, tmp_path, case):
-    arrays, says = MALFORMED[case]
-    np.savez(tmp_path / "bad.npz", **arrays)
-    refused(simclr, *flags(dataset="npz", data_dir=tmp_path / "bad.npz", batch_size=4), says=["bad.npz", says])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_folder_layout(tmp_path, capsys, name):
+    """Class folders give labels, other trees none; each row is the image of its file name."""
+    names, class_names, train_labels, test_labels = LAYOUTS[name]
+    names = names.split(" ")
+    for i, file in enumerate(names):
+        write(tmp_path / file, noise(8, 8, 3, seed=i))
+    (tmp_path / names[0]).with_suffix(".txt").touch()
+    images = load(tmp_path)
+    assert images.class_names == class_names.split()
+    assert images.train_labels.tolist() == train_labels
+    assert images.test_labels.tolist() == test_labels
+    files = images.train_files + images.test_files
+    for file, image in zip(files, torch.cat([images.train, images.test])):
+        np.testing.assert_array_equal(as_hwc(image), noise(8, 8, 3, seed=names.index(file)))
+    assert ("no labels" in capsys.readouterr().out) == (name == "loose file in train")
 
 
-def test_npz_that_is_none(refused, tmp_path):
-    np.savez(tmp_path / "good.npz", **GOOD)
-    whole = (tmp_path / "good.npz").read_bytes()
-    np.save(tmp_path / "one.npy", GOOD["train_images"])
-    # An array whose header claims 10^13 images, and one that deflates a gigabyte of zeros.
-    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000000, 8, 8), }"
-    header += b" " * (-(len(header) + 11) % 64) + b"\n"
-    import zipfile
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        ("train/a/0.png train/b/0.png test/c/0.png", "train/ lacks classes of test images: ['c']"),
+        ("train/a/0.png test/a/0.png", "only one class"),
+        ("train/a/.0.png test/a/0.png", "no images found"),
+    ],
+)
+def test_folder_layout_is_refused(refused, tmp_path, names, says):
+    """A layout without training images or with unknown classes is one error line."""
+    for name in names.split():
+        write(tmp_path / name, noise(8, 8))
+    refused(simclr, *flags(dataset="folder", data_dir=tmp_path), says=[says])
 
-    with zipfile.ZipFile(tmp_path / "claims.npz", "w") as file:
-        file.writestr("train_images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
-    bad = {
-        "cut.npz": whole[: len(whole) // 2],
-        "empty.npz": b"",
-        "text.npz": b"hello",
-        "one.npz": (tmp_path / "one.npy").read_bytes(),
+
+def test_folder_of_links(photos, tmp_path):
+    """Linked class folders and linked files are read; a link to nothing is named."""
+    train = tmp_path / "train"
+    (train / "b").mkdir(parents=True)
+    (train / "a").symlink_to(photos / "train" / "class 0")
+    (train / "b" / "1.png").symlink_to(photos / "train" / "class 1" / "1.png")
+    assert load(tmp_path).train_labels.tolist() == [0] * 16 + [1]
+    (train / "b" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(common.UserError, match="gone.png"):
+        load(tmp_path)
+
+
+def write_modes(root):
+    """Write a file of each mode; return their expected pixels by file name."""
+    color, gray = smooth(32, 48), smooth(32, 48)[..., 0]
+    deep = np.linspace(0, 65535, 32 * 48).reshape(32, 48).astype(np.uint16)
+    palette = Image.fromarray(color).quantize(64)
+    ink = Image.fromarray(np.dstack([255 - color, 0 * gray]), mode="CMYK")
+    exif = Image.Exif()
+    # Orientation: the camera was turned to the left.
+    exif[0x0112] = 6
+    files = {
+        "gray.jpg": (gray, gray),
+        "bilevel.png": (gray > 127, (gray > 127) * 255),
+        "gray alpha.png": (np.dstack([gray, gray]), gray),
+        "alpha.png": (np.dstack([color, gray]), color),
+        "palette.gif": (palette, palette.convert("RGB")),
+        "deep.png": (deep, deep >> 8),
+        "deep.tif": (deep, deep >> 8),
+        "cmyk.jpg": (ink, color),
+        "rotated.jpg": (color, np.rot90(color, -1)),
     }
-    for name, content in bad.items():
-        (tmp_path / name).write_bytes(content)
-    for name in [*bad, "claims.npz", "missing.npz"]:
-        refused(simclr, *flags(dataset="npz", data_dir=tmp_path / name, batch_size=4), says=[name])
+    for name, (content, _) in files.items():
+        image = Image.fromarray(content) if isinstance(content, np.ndarray) else content
+        image.save(root / name, quality=95, exif=exif if name == "rotated.jpg" else b"")
+    return {name: np.array(pixels, np.uint8) for name, (_, pixels) in files.items()}
 
 
-# ------------------------------------------------------------------------------------------ encoder
+@pytest.mark.parametrize("size, side", [(32, 32), (16, 18), (8, 9)])
+def test_read_image_modes(tmp_path, size, side):
+    """Every mode becomes RGB as Pillow resizes the expected pixels, upright, alpha dropped."""
+    expected = write_modes(tmp_path)
+    images = load(tmp_path, size)
+    for name, image in zip(images.train_files, images.train):
+        pixels = Image.fromarray(expected.pop(name)).convert("RGB")
+        pixels = np.array(ImageOps.fit(pixels, (side, side), Image.Resampling.BILINEAR), int)
+        assert np.abs(as_hwc(image) - pixels).max() <= (15 if "jpg" in name else 1), name
+    assert not expected
 
 
+@pytest.mark.parametrize(
+    "sides, asked, size, side",
+    [([20, 24, 22], None, 22, 22), ([300], None, 224, 256), ([90], 56, 56, 64), ([24], 56, 56, 56)],
+)
+def test_image_size_of_a_folder(tmp_path, sides, asked, size, side):
+    """Unset: the median side, at most 224. Kept an eighth larger if the files are that large."""
+    for shorter in sides:
+        write(tmp_path / f"{shorter}.png", noise(shorter, 320))
+    images = load(tmp_path, asked)
+    assert images.size == size and images.train.shape[2:] == (side, side)
+
+
+def test_broken_images_are_all_named(run_cli, tmp_path):
+    """One run names every broken file on a line of its own, and keeps no decoded file."""
+    sizes = {"cut.jpg": 400, "cut.png": 60, "empty.png": 0, "two\nlines.gif": 5}
+    for name in [*sizes, "good.png", "good.jpg"]:
+        write(tmp_path / name, noise(64, 64))
+    for name, size in sizes.items():
+        os.truncate(tmp_path / name, size)
+    write(tmp_path / "float.tif", np.ones((64, 64), np.float32))
+    result = run_cli(simclr, *flags(dataset="folder", data_dir=tmp_path, batch_size=2))
+    lines = result.err.splitlines()
+    assert result.status == 2 and len(lines) == 5, result
+    for line, name in zip(lines, sorted([*sizes, "float.tif"])):
+        assert line.startswith(f"error: {str(tmp_path / name)!r} cannot be read"), line
+    assert {path.suffix for path in Path("cache").iterdir()} <= {".lock"}
+
+
+# ---------------------------------------------------------------- decoded images
+
+
+def cached():
+    return list(Path("cache").glob("*.npy"))
+
+
+def test_second_start_decodes_nothing(photos, monkeypatch):
+    """The decoded file is found again, for each image size."""
+    first = [load(photos, size) for size in (16, 24)]
+    monkeypatch.setattr(common, "_decode", lambda *args: pytest.fail("decoded again"))
+    for images in first:
+        assert torch.equal(images.train, load(photos, images.size).train)
+    assert len(cached()) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        os.unlink,
+        lambda path: write(path, noise(24, 24)),
+        lambda path: os.utime(path, ns=(1, 1)),
+        lambda path: path.rename(path.with_name("z.png")),
+        lambda path: shutil.copy(path, path.with_name("new.png")),
+    ],
+    ids=["removed", "content", "time", "renamed", "added"],
+)
+def test_changed_folder_is_decoded_again(photos, tmp_path, change):
+    """Any change of the files gives a decoded file of another name."""
+    root = shutil.copytree(photos, tmp_path / "photos")
+    load(root)
+    change(root / "train" / "class 0" / "0.png")
+    images, fresh = load(root), load(root, cache="fresh")
+    assert len(cached()) == 2 and images.train_files == fresh.train_files
+    assert torch.equal(images.train, fresh.train)
+
+
+def decode_slowly(root, seconds):
+    """In a process of its own: decode, noting every image in the file `decoded`."""
+    read_image = common.read_image
+
+    def slow(path, side):
+        with open("decoded", "a") as file:
+            file.write(f"{path}\n")
+        time.sleep(seconds)
+        return read_image(path, side)
+
+    common.read_image = slow
+    load(root)
+
+
+def start_decoding(root, seconds):
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=decode_slowly, args=(root, seconds))
+    process.start()
+    return process
+
+
+def test_killed_while_decoding(photos):
+    """A killed decoding leaves nothing under the final name, and the next start decodes."""
+    process = start_decoding(photos, 60)
+    while not Path("decoded").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert Path("cache").exists() and not cached()
+    assert torch.equal(load(photos).train, load(photos, cache="fresh").train)
+
+
+def test_two_runs_starting_together_decode_once(photos):
+    """The second run waits for the first one's decoded file."""
+    processes = [start_decoding(photos, 0.02) for _ in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(Path("decoded").read_text().splitlines()) == 40
+    assert torch.equal(load(photos).test, load(photos, cache="fresh").test)
+
+
+def test_cache_dir_without_room(photos, monkeypatch, tmp_path):
+    """Too little room, or a file in the place of the folder, is a UserError before decoding."""
+    monkeypatch.setattr(common, "read_image", lambda *args: pytest.fail("decoded"))
+    needed = 40 * 3 * 24 * 24
+    usage = shutil.disk_usage("/")._replace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(common.UserError, match=f"--cache-dir: {needed} bytes needed"):
+        load(photos)
+    (tmp_path / "file").touch()
+    with pytest.raises(common.UserError, match="cannot use --cache-dir"):
+        load(photos, cache=tmp_path / "file")
+
+
+def test_training_from_mapped_files_equals_memory(photos, tiny, monkeypatch):
+    """Images mapped from the decoded file and images in memory give the same bytes."""
+    load_images, outcomes = common.load_images, []
+
+    def in_memory(*args):
+        images = load_images(*args)
+        images.train, images.test = images.train.clone(), images.test.clone()
+        return images
+
+    for run_dir in ("mapped", "memory"):
+        options = tiny(dataset="folder", data_dir=str(photos), batch_size=16, epochs=1)
+        simclr.main(simclr.Args(**options, run_dir=run_dir))
+        monkeypatch.setattr(common, "load_images", in_memory)
+        outcomes.append((Path(run_dir) / "embeddings.npz").read_bytes())
+    assert outcomes[0] == outcomes[1]
+
+
+# ---------------------------------------------------------------- .npz files
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (9, 9, 1), (9, 9, 3), (3, 9, 3), (20, 30), (250, 300)])
+def test_npz_forms(tmp_path, shape):
+    """Gray or color, any size: center squares of at most 224 pixels; labels [N] or [N, 1]."""
+    train, labels = noise(7, *shape), np.arange(7)[:, None] % 3
+    images = load_npz(tmp_path, train_images=train, train_labels=labels, val_images=train)
+    size = min(224, *shape[:2])
+    assert images.train.shape == (7, 3, size, size) and images.size == size
+    assert images.train_labels.tolist() == labels.flatten().tolist()
+    assert images.class_names == ["0", "1", "2"] and images.gray == (shape[2:] != (3,))
+    if size < 224:
+        left = (shape[1] - size) // 2
+        expected = train[:, :, left : left + size].reshape(7, size, size, -1)
+        assert (images.train.permute(0, 2, 3, 1).numpy() == expected).all()
+
+
+def test_npz_without_labels_or_test(tmp_path):
+    """Missing labels are -1 and missing test images none; test images may have another size."""
+    images = load_npz(tmp_path, train_images=noise(6, 8, 8))
+    assert images.train_labels.tolist() == [-1] * 6 and images.class_names == []
+    assert images.test.shape == (0, 3, 8, 8)
+    test = dict(test_images=noise(2, 16, 12), test_labels=[1, -1])
+    images = load_npz(tmp_path, train_images=noise(6, 8, 8), **test)
+    assert images.test.shape == (2, 3, 8, 8) and images.test_labels.tolist() == [1, -1]
+
+
+# A changed array, and words of the error line.
+MALFORMED = {
+    "missing": ("train_images", None, "lacks train_images"),
+    "float images": ("train_images", np.zeros((9, 8, 8)), "float64"),
+    "five dimensions": ("train_images", noise(9, 8, 8, 3, 1), "[9, 8, 8, 3, 1]"),
+    "two channels": ("test_images", noise(9, 8, 8, 2), "test_images"),
+    "too few labels": ("train_labels", np.arange(8), "must be 9 integers"),
+    "float labels": ("train_labels", np.zeros(9), "float64"),
+    "one-hot labels": ("train_labels", np.eye(9, dtype=int), "[81]"),
+    "words": ("train_labels", np.array(list("abcdefghi")), "train_labels"),
+    "negative labels": ("train_labels", np.arange(9) - 5, "train_labels"),
+    "objects": ("train_labels", np.array([None] * 9), "Object arrays"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_npz_is_one_error_line(refused, tmp_path, name):
+    """The line names the file, the array and its fault."""
+    key, value, says = MALFORMED[name]
+    arrays = dict(train_images=noise(9, 8, 8), train_labels=np.arange(9))
+    arrays[key] = value
+    if value is None:
+        del arrays[key]
+    np.savez(tmp_path / "bad.npz", **arrays)
+    words = flags(dataset="npz", data_dir=tmp_path / "bad.npz", batch_size=4, epochs=1)
+    refused(simclr, *words, says=["bad.npz", says])
+
+
+@pytest.mark.parametrize("size", [0, 5, 500])
+def test_truncated_npz_is_one_error_line(refused, tiny_npz, tmp_path, size):
+    """What is not a whole .npz file is one error line."""
+    (tmp_path / "bad.npz").write_bytes(tiny_npz.read_bytes()[:size])
+    refused(simclr, *flags(dataset="npz", data_dir=tmp_path / "bad.npz"), says=["bad.npz"])
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_prefetch_keeps_order_and_reads_ahead():
+    """Results come in order, at most 2 * threads + 1 items ahead; errors reach the caller."""
+    started = []
+
+    def compute(i):
+        started.append(i)
+        # Later items are ready earlier.
+        time.sleep(0.002 * (5 - i % 5))
+        return 1 / (20 - i)
+
+    results = common.prefetch(compute, range(21), threads=2)
+    for i in range(20):
+        assert next(results) == 1 / (20 - i)
+        assert i < max(started) <= i + 4 or i > 15
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_take_reads_other_devices_in_threads():
+    """Images on the device are indexed at once; others are read ahead by threads, in order."""
+    images = torch.arange(40).view(20, 2)
+    indices = [torch.tensor([i, 19 - i]) for i in range(20)]
+    readers = set()
+
+    class Elsewhere:
+        device = SimpleNamespace(type="elsewhere")
+
+        def __getitem__(self, index):
+            readers.add(threading.current_thread())
+            return images[index]
+
+    for source in (images, Elsewhere()):
+        taken = torch.stack(list(common.take(source, indices, CPU)))
+        assert torch.equal(taken, images[torch.stack(indices)])
+    assert readers and threading.main_thread() not in readers
+
+
+def test_epoch_order_is_a_new_permutation_each_epoch():
+    """It depends on seed and epoch alone; the last partial batch is dropped."""
+    order, again, *others = (
+        common.epoch_order(50, 16, *key) for key in ((1, 2), (1, 2), (2, 2), (1, 3))
+    )
+    assert order.shape == (3, 16) and len(order.unique()) == 48 and order.max() < 50
+    assert torch.equal(order, again) and not any(torch.equal(order, other) for other in others)
+
+
+@pytest.mark.parametrize("first_step", [0, 3, 4, 9])
+def test_batches_from_first_step(first_step):
+    """Every image once per epoch; a run resumed at first_step gets the rows of its steps."""
+    images, args = torch.arange(50), simclr.Args(batch_size=16, epochs=3, seed=5)
+    orders = torch.cat([common.epoch_order(50, 16, 5, epoch) for epoch in range(3)])
+    found = list(common.batches(images, args, first_step, CPU))
+    assert [batch.tolist() for batch in found] == orders[first_step:].tolist()
+
+
+@pytest.mark.parametrize("free, moved", [(2.1, 2), (1.9, 0)])
+def test_images_that_fit_are_moved_to_the_gpu(monkeypatch, free, moved):
+    """Both parts are moved if they take less than half of the GPU's free memory."""
+    sizes, size = [], 1797 * 3 * 8 * 8
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * size, 2**40))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: sizes.append(x.numel()) or x)
+    common.load_images("digits", device="cuda")
+    assert len([n for n in sizes if n > 3]) == moved
+
+
+# ---------------------------------------------------------------- encoder and monitors
+
+
+@pytest.mark.parametrize("size", [64, 65])
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_keys_are_torchvisions(name):
-    theirs = getattr(torchvision.models, name)().state_dict()
-    for size, width in ((32, 16), (224, 64)):
-        encoder, dim = common.build_encoder(name, size, width)
-        assert list(encoder.state_dict()) == [k for k in theirs if not k.startswith("fc.")]
-        assert encoder(torch.zeros(2, 3, min(size, 64), min(size, 64))).shape == (2, dim)
-
-
-def test_weights_of_torchvision_give_its_features():
-    """At 224 pixels and width 64 the encoder is torchvision's network: its weights load, its features come out."""
+def test_build_encoder_equals_torchvision(name, size):
+    """Width 64 loads into torchvision's network, up to 64 px with a 3x3 stem: same features."""
     torch.manual_seed(0)
-    theirs = torchvision.models.resnet18().eval()
-    encoder, dim = common.build_encoder("resnet18", 224)
-    encoder.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
-    x = torch.randn(2, 3, 96, 96)
-    theirs.fc = torch.nn.Identity()
-    assert dim == 512
-    torch.testing.assert_close(encoder.eval()(x), theirs(x))
+    encoder, _ = common.build_encoder(name, size)
+    expected = getattr(torchvision.models, name)()
+    if size <= 64:
+        expected.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        expected.maxpool = torch.nn.Identity()
+    expected.fc = torch.nn.Identity()
+    expected.load_state_dict(encoder.state_dict())
+    images = torch.randn(1, 3, 20, 20)
+    torch.testing.assert_close(encoder.eval()(images), expected.eval()(images))
 
 
-def test_small_images_keep_their_pixels():
-    """Up to 64 pixels the stem neither strides nor pools: the first stage sees every pixel."""
-    seen = []
-    for size in (8, 64, 65):
-        encoder, _ = common.build_encoder("resnet18", size, 16)
-        encoder.layer1.register_forward_hook(lambda module, args, out: seen.append(out.shape[2]))
-        encoder.eval()(torch.zeros(1, 3, size, size))
-    assert seen == [8, 64, 17]
+@pytest.mark.parametrize(
+    "name, width, feature_dim", [("resnet10", 16, 128), ("resnet50", 32, 1024)]
+)
+def test_build_encoder_width(name, width, feature_dim):
+    """`width` channels in the first stage, and the features in proportion."""
+    encoder, dim = common.build_encoder(name, 8, width)
+    assert encoder.layer1[0].conv1.out_channels == width
+    assert encoder(torch.zeros(2, 3, 8, 8)).shape == (2, feature_dim) and dim == feature_dim
 
 
-def test_embed():
-    """Eval mode, the mode put back, no gradient, no statistics moved, whatever the size of the parts."""
+def test_embed_in_eval_mode():
+    """Features of clean images, in order; the encoder's mode and statistics stay."""
     torch.manual_seed(0)
+    images, (encoder, _) = common.load_images("digits"), common.build_encoder("resnet10", 8, 16)
+    images.train_labels[5] = -1
+    features, labels = common.embed(encoder, images, "train")
+    assert encoder.training and not features.requires_grad
+    assert torch.equal(labels, images.train_labels) and not encoder.bn1.running_mean.any()
+    clean = common.normalize(images.train, images.mean, images.std)
+    expected = encoder.eval()(clean).detach()
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+    few, labels = common.embed(encoder, images, "train", labelled_only=True)
+    assert not encoder.training and len(labels) == 1436 and labels.min() == 0
+    torch.testing.assert_close(few[5:], expected[6:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 200, 10_000])
+def test_knn_monitor_equals_scikit_learn(k):
+    """knn_acc is KNeighborsClassifier's score with metric="cosine"; k is at most all images."""
     images = common.load_images("digits")
-    encoder, dim = common.build_encoder("resnet18", 8, 16)
-    common.embed(encoder.train(), images.test[:9], images.mean, images.std)
-    before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    whole = common.embed(encoder, images.test[:101], images.mean, images.std)
-    assert encoder.training and not whole.requires_grad and whole.shape == (101, dim) and whole.dtype == torch.float32
-    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-    parts = common.embed(encoder.eval(), images.test[:101], images.mean, images.std, batch_size=7)
-    assert not encoder.training and (whole - parts).abs().max() < 1e-5
-    alone = encoder(common.normalise(images.test[50:51], images.mean, images.std)).detach()
-    assert (whole[50] - alone[0]).abs().max() < 1e-5
-    assert common.embed(encoder, images.test[:0], images.mean, images.std).shape == (0, dim)
+    train, test = (
+        common.normalize(part, images.mean, images.std).flatten(1)
+        for part in (images.train, images.test)
+    )
+    knn = KNeighborsClassifier(min(k, 1437), metric="cosine").fit(train, images.train_labels)
+    expected = pytest.approx(knn.score(test, images.test_labels), abs=1e-9)
+    assert common.knn_monitor(torch.nn.Flatten(), images, k) == {"knn_acc": expected}
 
 
-# ------------------------------------------------------------------------------------------ kNN monitor and spread
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_labels_in_one_part_only(part):
+    """Without labels in one part, kNN is not evaluated and all images are embedded."""
+    images, encoder = common.load_images("digits"), torch.nn.Flatten()
+    getattr(images, f"{part}_labels").fill_(-1)
+    assert common.knn_monitor(encoder, images, 5) == {}
+    assert len(common.embed(encoder, images, part)[0]) == len(getattr(images, part))
 
 
-@pytest.fixture(scope="module")
-def pixels():
-    images = common.load_images("digits")
-    return [t.flatten(1).float() if t.ndim == 4 else t for t in
-            (images.train, images.train_labels, images.test, images.test_labels)]  # fmt: skip
-
-
-@pytest.mark.parametrize("k", [1, 5, 20, 200])
-def test_knn_against_scikit_learn(pixels, k):
-    train, train_labels, test, test_labels = pixels
-    judge = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train, train_labels)
-    assert abs(common.knn_accuracy(*pixels, k=k) - judge.score(test, test_labels)) <= 0.001 + 1e-9
-
-
-def test_knn_with_more_neighbours_than_images(pixels):
-    train, train_labels, test, test_labels = pixels
-    assert common.knn_accuracy(*pixels, k=10_000) == common.knn_accuracy(*pixels, k=len(train))
-    commonest = int(torch.bincount(train_labels).argmax())
-    assert common.knn_accuracy(*pixels, k=10_000) == pytest.approx(float((test_labels == commonest).float().mean()))
-
-
-@pytest.mark.parametrize("temperature", [0.5, 0.07, 1e-4])
-def test_weighted_vote_against_a_loop(pixels, temperature):
-    """exp(similarity / temperature) in float64, one image after the other; small temperatures must not underflow."""
-    train, train_labels, test, test_labels = (t[:n] for t, n in zip(pixels, (300, 300, 60, 60)))
-    a, b = train.double().numpy(), test.double().numpy()
-    right = 0
-    for query, label in zip(b, test_labels.tolist()):
-        similarity = [float(query @ row / np.linalg.norm(query) / np.linalg.norm(row)) for row in a]
-        nearest = sorted(range(len(a)), key=lambda i: -similarity[i])[:20]
-        votes = {}
-        for i in nearest:
-            weight = np.exp((similarity[i] - similarity[nearest[0]]) / temperature)
-            votes[int(train_labels[i])] = votes.get(int(train_labels[i]), 0.0) + weight
-        right += max(votes, key=votes.get) == label
-    mine = common.knn_accuracy(train, train_labels, test, test_labels, k=20, temperature=temperature)
-    assert mine == pytest.approx(right / 60)
-
-
-def test_low_temperature_far_from_every_neighbour():
-    """All similarities near -1: the nearest neighbour alone decides, though exp(similarity / temperature) is zero."""
-    train = torch.tensor([[1.0, 0.0], [1.0, 0.1]])
-    test = torch.tensor([[-1.0, 0.0]])
-    assert common.knn_accuracy(train, torch.tensor([4, 7]), test, torch.tensor([7]), k=2, temperature=1e-6) == 1
-
-
-def test_labels_need_not_be_0_to_c():
-    train = torch.eye(3)
-    assert common.knn_accuracy(
-        train, torch.tensor([70, 3, 3000]), train, torch.tensor([70, 3, 8]), k=1
-    ) == pytest.approx(2 / 3)
-
-
-def test_spread():
+def test_spread_of_embeddings():
+    """1 for isotropic embeddings, 0 for collapsed ones of any length, float32 for half."""
     torch.manual_seed(0)
-    assert abs(float(common.spread(torch.randn(4000, 64))) - 1) < 0.02
-    assert float(common.spread(torch.ones(100, 64) * torch.rand(100, 1))) < 1e-3  # one direction
-    line = torch.randn(4000, 1) * torch.ones(64)
-    assert abs(float(common.spread(line)) - 1) < 0.02  # two opposite points are far apart, though on a line
-    assert float(common.spread(torch.randn(500, 64) + 20)) < 0.1
-    assert common.spread(torch.randn(8, 16).half()).dtype == torch.float32
+    z = torch.randn(4000, 64)
+    assert abs(common.spread(z) - 1) < 0.02
+    assert common.spread(torch.ones(100, 64) * torch.rand(100, 1)) < 1e-3
+    assert common.spread(z + 20) < 0.1
+    assert common.spread(z.half()).dtype == torch.float32
