@@ -67,7 +67,7 @@ class Args:
     projection_dim: int | None = None
     """width of the embedding z"""
     projection_layers: int | None = None
-    """linear layers of the projector; 0: none, z is h"""
+    """linear layers of the projector (0: z is h)"""
     # optimization
     epochs: int | None = None
     """passes over the training images; 0 evaluates the untrained encoder"""
@@ -78,7 +78,7 @@ class Args:
     weight_decay: float | None = None
     """weight decay, not applied to biases and norms"""
     warmup_epochs: float | None = None
-    """epochs of linear warm-up before the cosine decay to zero"""
+    """epochs of linear warm-up before the cosine decay; a tenth of shorter runs"""
     # evaluation
     eval_every: int = 10
     """epochs between kNN evaluations on the test split (0: only the last epoch)"""
@@ -103,12 +103,12 @@ RECIPES |= dict(digits=SYMBOL, mnist=SYMBOL)
 
 @dataclass(frozen=True)
 class View:
-    """Distribution of one view. Every image draws its own parameters; `_p` is a probability."""
+    """Distribution of one view. Every image draws its own parameters; *_p are probabilities."""
 
     # area of the random resized crop, as a share of the image
     crop: tuple = (1.0, 1.0)
     flip_p: float = 0.0
-    # affine warp: degrees, share of the side, 1 +- zoom
+    # largest rotation in degrees, shift as a share of the side, change of scale
     rotate: float = 0.0
     shift: float = 0.0
     zoom: float = 0.0
@@ -169,9 +169,9 @@ def crop_resize(x, top, left, height, width, flip, size):
     """Crop a box of each image x [N, C, H, W], flip where `flip`, each [N, 1]; resize to `size`."""
     centers = (torch.arange(size, device=x.device) + 0.5) / size
 
-    def axis(start, length, full, unit):
+    def axis(start, length, full, positions):
         # Sampling positions in grid_sample's units, clamped to the pixels of the crop.
-        pixels = (start + unit * length - 0.5).clamp(start, start + length - 1)
+        pixels = (start + positions * length - 0.5).clamp(start, start + length - 1)
         return (2 * pixels + 1) / full - 1
 
     xs = axis(left, width, x.shape[3], torch.where(flip, 1 - centers, centers))
@@ -223,6 +223,7 @@ def color_jitter(x, factors, hue, order):
         quarter = x.tensor_split(4)[t]
         quarter.copy_(adjust_hue(quarter, hue.tensor_split(4)[t]))
         if t < 3:
+            # Blend with black (op 0), mean gray (1) or gray (2).
             op, gray = order[:, t].view(-1, 1, 1, 1), to_grayscale(x)
             base = (op == 1) * gray.mean((2, 3), keepdim=True) + (op == 2) * gray
             factor = factors.gather(1, order[:, t : t + 1]).view(-1, 1, 1, 1)
@@ -358,7 +359,7 @@ def make_optimizer(network, weight_decay):
     # A fused optimizer skips fp16's overflowing steps without waiting for the GPU.
     optimizer = torch.optim.SGD([decayed, other], lr=0.0, momentum=0.9, fused=True)
     for p in params:
-        # Fused SGD leaves its momentum uninitialized if the first step is skipped.
+        # For SGD only: fused, it leaves its momentum uninitialized if the first step is skipped.
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
@@ -375,7 +376,7 @@ def train_step(network, optimizer, scaler, v1, v2, lr, lambd, amp_dtype=None, ga
     with torch.autocast(v1.device.type, amp_dtype, enabled=amp_dtype is not None):
         z1, z2 = network(v1, v2)
     loss = barlow_twins_loss(gather(z1), gather(z2), lambd)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -403,9 +404,10 @@ def main(args):
     optimizer = make_optimizer(network, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
-    # Resumes from a checkpoint in --run-dir.
+    # Loads the checkpoint in --run-dir, if any, into network, optimizer and scaler.
     run = common.Run("barlow_twins", args, images, views, encoder, network, optimizer, scaler)
     run.draw_views(lambda batch: two_views(batch, views, images.size))
+    # The network in DistributedDataParallel (several processes) and torch.compile.
     model = common.distribute(network, device, args.compile)
     for step, batch in run.batches():
         common.seed_draws(args.seed, "views", step)

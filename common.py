@@ -116,15 +116,16 @@ def resolve(args, recipes):
         args = replace(args, warmup_epochs=args.epochs / 10)
 
     # Below 16 channels, oneDNN's backward of strided 1x1 convolutions corrupts memory (its #6035).
-    least = dict(width=16, projection_layers=0, epochs=0, batch_size=2, eval_every=0, knn_k=1)
-    for key, low in dict(least, checkpoint_every=1, weight_decay=0, warmup_epochs=0, lr=0).items():
+    least = dict(width=16, projection_layers=0, epochs=0, batch_size=2, lr=0, weight_decay=0)
+    least |= dict(warmup_epochs=0, eval_every=0, knn_k=1, checkpoint_every=1)
+    for key, low in least.items():
         value = getattr(args, key)
         check(low <= value < math.inf, f"--{key.replace('_', '-')} {value} must be at least {low}")
     message = f"--batch-size {args.batch_size} is global; it must be a multiple of {WORLD_SIZE}"
     check(args.batch_size % WORLD_SIZE == 0, f"{message}, the number of processes")
     check(args.run_dir or not args.resume, "--resume needs --run-dir, the folder of the run")
     if args.run_dir and not args.resume and RANK == 0:
-        held = (Path(args.run_dir) / "args.json").exists()
+        held = [n for n in ("checkpoint.pt", "embeddings.npz") if Path(args.run_dir, n).exists()]
         check(not held, f"--run-dir {args.run_dir!r} holds a run; add --resume or name another")
     return args
 
@@ -559,8 +560,9 @@ def load_encoder(path):
     """
     info = load_torch(path)
     with user_errors(f"{str(path)!r} is not an encoder.pt of these scripts"):
-        state, known = info.pop("state_dict"), "width" in info
-        check(known, f"{str(path)!r} holds {info['encoder']}, which is not one of torchvision's")
+        name, state = info["encoder"], info.pop("state_dict")
+        other = f"{str(path)!r} holds {name}, which is not one of torchvision's; build {name} "
+        check(info["width"], other + "and give it torch.load(path)['state_dict']")
         encoder, _ = build_encoder(info["encoder"], info["image_size"], info["width"])
         encoder.load_state_dict(state)
     return encoder.eval(), info
@@ -579,7 +581,7 @@ def embed(encoder, images, part, labelled_only=False):
     rows = (labels >= -1 + labelled_only).nonzero().flatten().to(pixels.device)
     was_training, size = encoder.training, images.size
     encoder.eval()
-    features = [encoder(images.mean.expand(1, 3, size, size))[:0].float()]
+    features = []
     # 500 images of 224 pixels would take 5 GB.
     chunks = rows.split(max(1, min(500, 2**21 // size**2)))
     for batch in take(pixels, chunks, images.mean.device):
@@ -688,8 +690,13 @@ class Run:
 
     def __init__(self, method, args, images, views, encoder, network, optimizer, scaler):
         self.method, self.images, self.encoder = method, images, encoder
-        self.args = args = replace(args, image_size=images.size)
+        # What build_encoder needs to make the encoder again, or the name of another class.
+        other = dict(encoder=type(encoder).__name__, width=None)
+        self.architecture = getattr(encoder, "architecture", other)
+        self.args = args = replace(args, image_size=images.size, **self.architecture)
         self.state = dict(network=network, optimizer=optimizer, scaler=scaler)
+        self.facts = dict(method=method, optimizer=type(optimizer).__name__)
+        self.facts["views"] = [vars(view) for view in views]
         n, self.device = len(images.train), images.mean.device
         self.steps_per_epoch = n // args.batch_size
         message = f"--batch-size {args.batch_size} is more than the {n} training images"
@@ -720,7 +727,7 @@ class Run:
                     if checkpoint[name]:
                         module.load_state_dict(checkpoint[name])
         if RANK == 0:
-            self._start(before, views)
+            self._start(before)
 
     def _lock(self):
         """Create and lock the folder; return the args.json of the run to resume, or {}."""
@@ -735,18 +742,19 @@ class Run:
                 # A file system without locks.
                 pass
         path = self.dir / "args.json"
-        if not path.exists():
+        if not self.args.resume or not path.exists():
             return {}
         with user_errors(f"cannot read {str(path)!r}"):
             before = json.loads(path.read_text())
-            old = dict(before["args"], method=before["method"])
-        for key, value in dict(method=self.method, **asdict(self.args)).items():
+            old = {**before, **before["args"]}
+        # Tuples are lists in JSON.
+        for key, value in json.loads(json.dumps({**self.facts, **asdict(self.args)})).items():
             same = key in self.MAY_CHANGE or old.get(key) == value
             change = f"{key} was {old.get(key)} and is {value}"
             check(same, f"cannot resume {str(self.dir)!r}: {change}")
         return before
 
-    def _start(self, before, views):
+    def _start(self, before):
         """Drop log lines after the checkpoint, write args.json, start Weights & Biases."""
         self.log_path = self.dir / "log.jsonl"
         lines = self.log_path.read_text().splitlines(True) if self.log_path.exists() else []
@@ -757,9 +765,8 @@ class Run:
         cuda = self.device.type == "cuda"
         wandb_id = before.get("wandb_id") or os.urandom(4).hex()
         config = dict(
-            method=self.method,
+            self.facts,
             args=asdict(self.args),
-            views=[vars(view) for view in views],
             device=torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             processes=WORLD_SIZE,
             versions=dict(versions, python=sys.version.split()[0]),
@@ -903,7 +910,8 @@ class Run:
         if RANK == 0:
             self.tracker.finish()
             where = shlex.quote(str(self.dir))
-            print(f"stopped; resume with --run-dir {where} --resume", file=sys.stderr)
+            hint = f"add --run-dir {where} --resume to the same command"
+            print(f"stopped; to resume, {hint}", file=sys.stderr)
         sys.exit(128 + number)
 
     def finish(self):
@@ -922,8 +930,7 @@ class Run:
             arrays[f"{part}_labels"] = labels.numpy()
             if images.train_files is not None:
                 arrays[f"{part}_files"] = np.array(getattr(images, f"{part}_files"), np.str_)
-        # What build_encoder needs to make the encoder again, or the name of another class.
-        info = getattr(self.encoder, "architecture", dict(encoder=type(self.encoder).__name__))
+        info = self.architecture
         meta = dict(info, method=self.method)
         for key in ("dataset", "data_dir", "image_size", "epochs", "seed"):
             meta[key] = getattr(args, key)
