@@ -1,4 +1,4 @@
-"""The augmentation of the three method files: each op against torchvision's op on the single image, and its draws."""
+"""The augmentation: each op against torchvision's on the single image, and its random draws."""
 
 import math
 
@@ -8,206 +8,242 @@ import torchvision.transforms.functional as TF
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandomResizedCrop
 
-import barlow_twins
-import byol
 import simclr
 
-METHODS = [simclr, byol, barlow_twins]
+# test_methods.py sees that the ops are the same text in every method.
 N = 48
 
 
 @pytest.fixture(scope="module")
 def photos():
-    """Random real images: 40 x 48 pixel pieces of scikit-learn's two photographs, uint8 [N, 3, 40, 48]."""
-    pictures = [torch.tensor(p).permute(2, 0, 1) for p in load_sample_images().images]
-    generator = torch.Generator().manual_seed(0)
-    pieces = []
-    for i in range(N):
-        picture = pictures[i % 2]
-        top = int(torch.randint(picture.shape[1] - 40, (), generator=generator))
-        left = int(torch.randint(picture.shape[2] - 48, (), generator=generator))
-        pieces.append(picture[:, top : top + 40, left : left + 48])
-    return torch.stack(pieces)
+    """Pieces of scikit-learn's two photographs, uint8 [N, 3, 40, 48]."""
+    pictures = torch.stack([torch.tensor(image) for image in load_sample_images().images])
+    # [2, rows, columns, 3, 40, 48]
+    return pictures.unfold(1, 40, 40).unfold(2, 48, 48).flatten(0, 2)[::5][:N]
+
+
+@pytest.fixture(scope="module")
+def squares(photos):
+    return photos[..., :40].contiguous()
+
+
+@pytest.fixture(scope="module")
+def lively(squares):
+    """The image of most contrast: on a dark one, solarize changes nothing."""
+    return squares[squares.float().std((1, 2, 3)).argmax()]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def uniform(low, high, *shape):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) * (high - low) + low
+    return low + (high - low) * torch.rand(shape)
 
 
-def each(function, x, *parameters):
-    """Apply torchvision's op to every image with its own parameters."""
-    return torch.stack([function(image, *row) for image, *row in zip(x, *parameters)])
+def assert_each_close(found, op, x, *parameters, atol=1e-4):
+    """found equals torchvision's op on every image of x with the image's own parameters."""
+    expected = torch.stack([op(image, *row) for image, *row in zip(x, *parameters)])
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
-def test_crop_is_crop_flip_and_bilinear_resize(photos):
-    x = photos.float() / 255
-    torch.manual_seed(0)
-    top, left, height, width = simclr.crop_boxes(N, 40, 48, (0.08, 1.0), "cpu")
-    flip = torch.arange(N) % 2 == 0
-    for size in (32, 64):
-        ours = simclr.crop_resize(x, top, left, height, width, flip, size)
-        for i in range(N):
-            box = [int(v[i]) for v in (top, left, height, width)]
-            theirs = TF.resized_crop(x[i], *box, [size, size], antialias=False)
-            theirs = TF.hflip(theirs) if flip[i] else theirs
-            torch.testing.assert_close(ours[i], theirs, atol=1e-4, rtol=0)
+# ---------------------------------------------------------------- ops
 
 
-def test_crop_boxes_are_drawn_as_torchvision_draws_them():
-    torch.manual_seed(0)
-    ours = torch.stack(simclr.crop_boxes(20000, 40, 48, (0.08, 1.0), "cpu"), dim=1)
-    image = torch.zeros(3, 40, 48)
-    theirs = torch.tensor(
-        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20000)]
-    ).float()
-    assert (ours == ours.round()).all() and (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
-    assert (ours[:, 0] + ours[:, 2] <= 40).all() and (ours[:, 1] + ours[:, 3] <= 48).all()
-    # The means and standard deviations of 20,000 draws agree to a few standard errors.
-    for statistic in (torch.mean, torch.std):
-        torch.testing.assert_close(statistic(ours, 0), statistic(theirs, 0), atol=0.3, rtol=0)
+@pytest.mark.parametrize("size", [32, 64])
+def test_crop_resize_equals_torchvision(photos, size):
+    """Crop, flip and bilinear resize; no pixel outside of the crop blends in."""
+    x, flip = photos.float() / 255, torch.arange(N)[:, None] % 2 == 0
+    box = simclr.crop_boxes(x, (0.08, 1.0))
+    found = simclr.crop_resize(x, *box, flip, size)
+
+    def op(image, *row):
+        image = TF.resized_crop(image, *map(int, row[:4]), [size, size], antialias=False)
+        return TF.hflip(image) if row[4] else image
+
+    assert_each_close(found, op, x, *box, flip)
 
 
-def test_affine_is_torchvisions(photos):
-    x = photos[:, :, :40, :40].float() / 255
+def test_crop_boxes_distribution_equals_torchvision():
+    """Whole pixels inside the image; mean and spread of 10,000 draws agree."""
+    x = torch.zeros(10000, 3, 40, 48)
+    found = torch.cat(simclr.crop_boxes(x, (0.08, 1.0)), dim=1)
+    draws = [RandomResizedCrop.get_params(x[0], [0.08, 1.0], [3 / 4, 4 / 3]) for _ in x]
+    expected = torch.tensor(draws).float()
+    assert (found == found.round()).all() and found.min() == 0 < found[:, 2:].min()
+    assert (found[:, :2] + found[:, 2:] <= torch.tensor([40, 48])).all()
+    assert (found.mean(0) - expected.mean(0)).abs().max() < 0.4
+    assert (found.std(0) - expected.std(0)).abs().max() < 0.4
+
+
+def test_affine_equals_torchvision(squares):
+    """Clockwise rotation, zoom, then the shift; black outside."""
+    x = squares.float() / 255
     degrees, zoom = uniform(-30, 30, N), uniform(0.8, 1.2, N)
-    dx, dy = torch.arange(N) % 9 - 4.0, torch.arange(N) % 7 - 3.0  # torchvision shifts by whole pixels
-    ours = simclr.affine(x, degrees, dx / 40, dy / 40, zoom)
-    for i in range(N):
-        theirs = TF.affine(x[i], float(degrees[i]), [int(dx[i]), int(dy[i])], float(zoom[i]), [0.0, 0.0],
-                           interpolation=TF.InterpolationMode.BILINEAR, fill=None)  # fmt: skip
-        torch.testing.assert_close(ours[i], theirs, atol=1e-4, rtol=0)
+    # torchvision shifts by whole pixels.
+    shift = torch.arange(N) % 9 - 4
+    found = simclr.affine(x, degrees, shift / 40, -shift / 40, zoom)
+
+    def op(image, degrees, shift, zoom):
+        bilinear, shift = TF.InterpolationMode.BILINEAR, [int(shift), -int(shift)]
+        return TF.affine(image, float(degrees), shift, float(zoom), [0.0, 0.0], bilinear)
+
+    assert_each_close(found, op, x, degrees, shift, zoom)
 
 
-def test_grey_is_torchvisions(photos):
-    x = photos.float() / 255
-    torch.testing.assert_close(simclr.to_grey(x), TF.rgb_to_grayscale(x), atol=1e-4, rtol=0)
-
-
-def test_hue_is_torchvisions(photos):
-    x = torch.cat([photos.float() / 255, torch.rand(8, 3, 40, 48), torch.ones(1, 3, 40, 48), torch.zeros(1, 3, 40, 48)])
+def test_adjust_hue_equals_torchvision(photos):
+    """Photographs, noise and pure colors; half a turn both ways and none."""
+    noise = torch.rand(8, 3, 40, 48)
+    x = torch.cat([photos / 255, noise, noise[:2].round()])
     shift = uniform(-0.5, 0.5, len(x))
     shift[:3] = torch.tensor([0.5, -0.5, 0.0])
-    ours = simclr.adjust_hue(x, shift)
-    theirs = each(lambda image, s: TF.adjust_hue(image, float(s)), x, shift)
-    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+    found = simclr.adjust_hue(x, shift)
+    assert_each_close(found, lambda image, s: TF.adjust_hue(image, float(s)), x, shift, atol=2e-3)
     torch.testing.assert_close(simclr.adjust_hue(x, 0 * shift), x, atol=1e-5, rtol=0)
 
 
-def jitter_one_by_one(image, factors, hue, order, hue_step):
-    ops = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
-    steps = [lambda x, op=op: ops[op](x, float(factors[op])) for op in order.tolist()]
-    steps.insert(hue_step, lambda x: TF.adjust_hue(x, float(hue)))
-    for step in steps:
-        image = step(image)
-    return image
+def quarters(n):
+    """The quarter of each of n images in color_jitter."""
+    return torch.cat([part * 0 + t for t, part in enumerate(torch.arange(n).tensor_split(4))])
 
 
-@pytest.mark.parametrize("op", ["brightness", "contrast", "saturation", "hue", "all"])
-@pytest.mark.parametrize("n", [1, 3, 6, N])
-def test_jitter_is_torchvisions_ops_in_each_images_own_order(photos, op, n):
-    x = photos[:n].float() / 255
-    factors, hue = 1 + uniform(-0.8, 0.8, n, 3), uniform(-0.4, 0.4, n)
-    for i, name in enumerate(["brightness", "contrast", "saturation"]):
-        if op not in (name, "all"):
-            factors[:, i] = 1
-    if op not in ("hue", "all"):
-        hue[:] = 0
+COLOR_OPS = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+
+
+@pytest.mark.parametrize("hue", [0.0, 0.4])
+@pytest.mark.parametrize("n", [1, 6, N])
+def test_color_jitter_equals_torchvision_in_each_images_order(photos, hue, n):
+    """The ops one after the other; hue comes before the t-th of them in the t-th quarter."""
+    x, most = photos[:n].float() / 255, torch.tensor([0.8, 0.8, 0.8, hue])
+    change = torch.tensor([1, 1, 1, 0]) + most * uniform(-1, 1, n, 4)
     order = uniform(0, 1, n, 3).argsort(1)
-    ours = simclr.color_jitter(x, factors, hue, order)
-    theirs = torch.stack([jitter_one_by_one(x[i], factors[i], hue[i], order[i], i * 4 // n) for i in range(n)])
-    torch.testing.assert_close(ours, theirs, atol=2e-3 if op in ("hue", "all") else 1e-4, rtol=0)
+    found = simclr.color_jitter(x, change[:, :3], change[:, 3], order)
+
+    def op(image, change, order, t):
+        order = order.tolist()
+        order.insert(t, 3)
+        for i in order:
+            image = COLOR_OPS[i](image, float(change[i]))
+        return image
+
+    assert_each_close(found, op, x, change, order, quarters(n), atol=2e-3 if hue else 1e-4)
+
+
+def test_color_jitter_orders_are_equally_frequent(squares, monkeypatch):
+    """augment draws all 24 orders of the four ops alike."""
+    n, drawn = 4800, []
+
+    def record(x, factors, hue, order):
+        drawn.append(torch.cat([order, quarters(n)[:, None]], dim=1))
+        return x
+
+    monkeypatch.setattr(simclr, "color_jitter", record)
+    simclr.augment(squares[:1, :, :8, :8].expand(n, -1, -1, -1), simclr.SYMBOL_VIEW, 8)
+    _, counts = drawn[0].unique(dim=0, return_counts=True)
+    assert len(counts) == 24
+    # chi-square of 23 degrees of freedom: p < 0.001
+    assert ((counts - n / 24) ** 2 / (n / 24)).sum() < 50
 
 
 @pytest.mark.parametrize("size", [3, 9, 23])
-def test_blur_is_torchvisions(photos, size):
+def test_gaussian_blur_equals_torchvision(photos, size):
+    """Every image its own sigma."""
     x, sigma = photos.float() / 255, uniform(0.1, 2.0, N)
-    ours = simclr.gaussian_blur(x, sigma, size)
-    theirs = each(lambda image, s: TF.gaussian_blur(image, [size, size], [float(s)] * 2), x, sigma)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    found = simclr.gaussian_blur(x, sigma, size)
+
+    def op(image, sigma):
+        return TF.gaussian_blur(image, [size, size], [float(sigma)] * 2)
+
+    assert_each_close(found, op, x, sigma)
 
 
-def view(module, **changes):
-    return (module.View(**changes),) * 2
+# ---------------------------------------------------------------- views
+
+SURE = {
+    "flip_p": TF.hflip,
+    "grayscale_p": lambda image: TF.rgb_to_grayscale(image, 3),
+    "solarize_p": lambda image: TF.solarize(image, 0.5),
+}
 
 
-def test_flip_grey_solarize_in_a_view_are_torchvisions(photos):
-    x = photos[:, :, :40, :40].contiguous()
-    for changes, theirs in (
-        (dict(flip_p=1.0), TF.hflip),
-        (dict(grey_p=1.0), lambda image: TF.rgb_to_grayscale(image, 3)),
-        (dict(solarize_p=1.0), lambda image: TF.solarize(image, 0.5)),
-    ):
-        v1, v2 = simclr.two_views(x, view(simclr, **changes))
-        for v in (v1, v2):
-            torch.testing.assert_close(v, each(theirs, x.float() / 255), atol=1e-4, rtol=0)
+@pytest.mark.parametrize("name", SURE)
+def test_flip_grayscale_solarize_equal_torchvision(squares, name):
+    """At probability 1 both views are torchvision's op on every image."""
+    for view in simclr.two_views(squares, [simclr.View(**{name: 1.0})] * 2):
+        assert_each_close(view, SURE[name], squares.float() / 255)
 
 
-@pytest.mark.parametrize("module", METHODS)
-def test_without_augmentation_two_identical_copies(photos, module):
-    x = photos[:, :, :40, :40].contiguous()
-    v1, v2 = module.two_views(x, module.AUGMENT["none"])
-    assert torch.equal(v1, v2) and torch.equal(v1, x.float() / 255)
-    mean, std = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
-    v1, _ = module.two_views(x, module.AUGMENT["none"], None, mean, std)
-    torch.testing.assert_close(v1, (x.float() / 255 - 0.4) / 0.2)
+def test_augment_none_gives_two_identical_views(squares, method):
+    """--augment none: the image itself, normalized."""
+    views = method.choose_views("none", False, 40)
+    mean, std = torch.rand(3, 1, 1), 0.1 + torch.rand(3, 1, 1)
+    v1, v2 = method.two_views(squares, views, mean=mean, std=std)
+    assert torch.equal(v1, v2)
+    torch.testing.assert_close(v1, (squares.float() / 255 - mean) / std)
 
 
-@pytest.mark.parametrize("module", METHODS)
-@pytest.mark.parametrize("name", ["photo", "symbol"])
-def test_every_image_draws_for_itself(photos, module, name):
-    same = photos[:1, :, :40, :40].expand(64, -1, -1, -1)
-    v1, v2 = module.two_views(same, module.AUGMENT[name])
-    assert v1.shape == (64, 3, 40, 40) and v1.dtype == torch.float32 and 0 <= v1.min() and v1.max() <= 1
-    everything = torch.cat([v1, v2]).flatten(1)
-    distances = torch.cdist(everything, everything) + 1e9 * torch.eye(128)
-    assert distances.min() > 1e-3
+@pytest.mark.parametrize("augment", ["photo", "symbol"])
+def test_every_image_draws_its_own_parameters(lively, method, augment):
+    """64 copies of one image give 128 different views in [0, 1]."""
+    views = method.choose_views(augment, False, 96)
+    v1, v2 = method.two_views(lively.expand(64, -1, -1, -1), views)
+    both = torch.cat([v1, v2]).flatten(1)
+    assert both.dtype == torch.float32 and -1e-5 < both.min() and both.max() < 1 + 1e-5
+    assert torch.pdist(both).min() > 1e-3
 
 
-@pytest.mark.parametrize("changes", [
-    dict(flip_p=0.5), dict(grey_p=0.5), dict(solarize_p=0.5), dict(blur_p=0.5),
-    dict(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.5),
-])  # fmt: skip
-def test_an_op_is_applied_with_its_probability_and_image_by_image(photos, changes):
-    torch.manual_seed(0)
-    lively = photos[:, :, :40, :40].float().std((1, 2, 3)).argmax()  # on a dark one solarisation changes nothing
-    x = photos[lively, :, :40, :40].expand(1000, -1, -1, -1)
-    v1, v2 = simclr.two_views(x, view(simclr, **changes))
-    changed = [((v - x.float() / 255).abs().amax((1, 2, 3)) > 1e-3) for v in (v1, v2)]
-    for c in changed:
-        assert abs(c.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(len(x))
-    assert abs((changed[0] == changed[1]).float().mean() - 0.5) < 4 * 0.5 / math.sqrt(
-        len(x)
-    )  # the views are independent
+CHANCES = {
+    "flip_p": {},
+    "grayscale_p": {},
+    "solarize_p": {},
+    "blur_p": {},
+    "jitter_p": dict(jitter=(0.4, 0.4, 0.4, 0.1)),
+    "warp_p": dict(rotate=30, shift=0.1, zoom=0.1),
+}
 
 
-def test_views_stay_with_their_image(photos):
-    """color_jitter works on shuffled images; they must come back in order."""
-    x = photos[:, :, :40, :40]
-    v1, v2 = simclr.two_views(x, view(simclr, jitter=(0.01, 0.01, 0.01, 0.01)))
-    clean = x.float().flatten(1) / 255
-    for v in (v1, v2):
-        assert torch.equal(torch.cdist(v.flatten(1), clean).argmin(1), torch.arange(N))
+@pytest.mark.parametrize("name", CHANCES)
+def test_op_has_its_probability_in_each_view(lively, name):
+    """Half of the images at 0.5, independently in the two views."""
+    x, view = lively.expand(1000, -1, -1, -1), simclr.View(**{name: 0.5}, **CHANCES[name])
+    views = simclr.two_views(x, [view, view])
+    changed = torch.stack([(v - x / 255).abs().amax((1, 2, 3)) > 1e-3 for v in views]).float()
+    # Four standard errors.
+    bound = 4 * 0.5 / math.sqrt(1000)
+    assert (changed.mean(1) - 0.5).abs().max() < bound
+    assert abs((changed[0] == changed[1]).float().mean() - 0.5) < bound
 
 
-def test_all_24_orders_come_equally_often():
-    """Read each image's order off its result: every order of four fixed ops gives this image another look."""
-    torch.manual_seed(0)
-    n = 4800
-    pixel = torch.rand(1, 3, 8, 8).expand(n, 3, 8, 8)
-    factors, hue = (
-        torch.tensor([[1.6, 2.0, 2.5]]).expand(n, 3),
-        torch.full((n,), 0.15),
-    )  # strong: clamping keeps no order
-    shuffle = torch.rand(n).argsort()
-    result = simclr.color_jitter(pixel, factors, hue, torch.rand(n, 3).argsort(1))[shuffle.argsort()]
-    _, counts = result.flatten(1).mul(1e5).round().unique(dim=0, return_counts=True)
-    assert len(counts) == 24
-    assert ((counts - n / 24) ** 2 / (n / 24)).sum() < 50  # chi-square, 23 degrees of freedom: p < 0.001
+def test_views_stay_with_their_image(squares):
+    """augment shuffles the images for color_jitter and restores their order."""
+    view = simclr.View(jitter=(0.01, 0.01, 0.01, 0.01), noise=0.01)
+    for v in simclr.two_views(squares, [view, view]):
+        nearest = torch.cdist(v.flatten(1), squares.flatten(1) / 255).argmin(1)
+        assert torch.equal(nearest, torch.arange(N))
 
 
+def test_noise_is_gray_and_up_to_its_standard_deviation():
+    """The same in all channels; each image draws its standard deviation from 0 to `noise`."""
+    x = torch.full((1000, 3, 40, 40), 128, dtype=torch.uint8)
+    v, _ = simclr.two_views(x, [simclr.View(noise=0.1)] * 2)
+    std = v[:, 0].flatten(1).std(1)
+    assert torch.equal(v[:, 0], v[:, 1]) and std.max() < 0.11
+    assert std.mean().item() == pytest.approx(0.05, abs=0.005)
+
+
+def test_choose_views_leaves_out_what_means_nothing(method):
+    """No color ops on gray images, no blur up to 64 pixels."""
+    for view in method.choose_views("photo", gray=True, image_size=65):
+        assert view.jitter[2:] == (0, 0) and view.grayscale_p == 0 < min(view.blur_p, view.flip_p)
+    for view in method.choose_views("photo", gray=False, image_size=64):
+        assert view.blur_p == 0 < min(*view.jitter, view.grayscale_p)
+
+
+@pytest.mark.parametrize("augment", ["photo", "none"])
 @pytest.mark.parametrize("size", [24, 40, 64])
-def test_size_of_the_views(photos, size):
-    for name in ("photo", "none"):
-        v1, v2 = simclr.two_views(photos[:, :, :40, :40], simclr.AUGMENT[name], size)
-        assert v1.shape == v2.shape == (N, 3, size, size)
-        assert v1.is_contiguous(memory_format=torch.channels_last)
+def test_size_of_views(photos, augment, size):
+    """[N, 3, size, size], channels last, of images of another size and form."""
+    for v in simclr.two_views(photos, simclr.choose_views(augment, False, size), size):
+        assert v.shape == (N, 3, size, size)
+        assert v.is_contiguous(memory_format=torch.channels_last)
