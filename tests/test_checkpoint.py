@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import product
 
 import filelock
 import numpy as np
@@ -53,7 +54,7 @@ def at_step(monkeypatch, chosen, action):
 
 @pytest.fixture
 def folder(tmp_path):
-    return tmp_path / "run"
+    return tmp_path / "a run"
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_eval_every(train, folder, finished):
     assert ["knn_acc" in record for record in records] == [False, True, True]
     lines = [line for line in result.out.splitlines() if line.startswith("epoch ")]
     assert lines[2].endswith(f"knn_acc {records[2]['knn_acc']:.4g}") and "knn_acc" not in lines[0]
-    assert f"wrote {folder}; next: python knn_eval.py {folder}" in result.out
+    assert f"wrote {folder}; next: python knn_eval.py '{folder}'" in result.out
     assert outcome(folder)[0] == outcome(finished("simclr"))[0]
 
 
@@ -153,6 +154,15 @@ def test_seed(train, tmp_path):
         assert train(run_dir=tmp_path / name, seed=seed, epochs=1).status == 0
     a, b, c = (np.load(tmp_path / name / "embeddings.npz")["test_features"] for name in "abc")
     assert np.array_equal(a, b) and not np.allclose(a, c)
+
+
+def test_seed_draws():
+    """Random numbers differ between seeds, purposes and steps, and come again for the same."""
+    draws = []
+    for seed, purpose, step in 2 * list(product([1, 2], ["weights", "picture", "views"], [0, 1])):
+        common.seed_draws(seed, purpose, step)
+        draws.append(float(torch.rand(())))
+    assert draws[:12] == draws[12:] and len(set(draws)) == 12
 
 
 def test_epochs_0(train, method, folder):
@@ -188,7 +198,7 @@ def test_stop_at_every_step_resumes_to_the_same_bytes(train, method, finished, f
             result = train(method, resume=True, checkpoint_every=2)
         assert result.status == 128 + number
         (line,) = result.err.splitlines()
-        assert line.startswith("stopped; ") and f"--run-dir {folder} --resume" in line
+        assert line.startswith("stopped; ") and f"--run-dir '{folder}' --resume" in line
         assert read_checkpoint(folder)["step"] == step + 1
         assert len(read_log(folder)) == (step + 1) // 3
         assert not (folder / "embeddings.npz").exists()
