@@ -4,6 +4,7 @@ import gzip
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ import common
 import simclr
 
 CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
 
 
 def noise(*shape, seed=0):
@@ -68,15 +70,13 @@ def photos(tmp_path_factory):
 def test_digits_split():
     """Every one of scikit-learn's digits is in one part, with its label; the split is fixed."""
     images, again = common.load_images("digits"), common.load_images("digits")
-    assert images.train.shape == (1437, 3, 8, 8) and images.test.shape == (360, 3, 8, 8)
-    assert torch.equal(images.train, again.train) and torch.equal(images.test, again.test)
+    assert images.train.shape == (1437, 3, 8, 8) and torch.equal(images.train, again.train)
     assert images.gray and images.class_names == list("0123456789")
     both = torch.cat([images.train, images.test])[:, 0].flatten(1)
     labels = torch.cat([images.train_labels, images.test_labels])
     pixels, truth = load_digits(return_X_y=True)
     expected = np.column_stack([(pixels * 255 / 16).round(), truth])
     assert sorted(np.column_stack([both, labels]).tolist()) == sorted(expected.tolist())
-    # A tenth of each class, stratified.
     assert images.test_labels.bincount().min() >= 35
 
 
@@ -90,11 +90,10 @@ def test_mean_and_std_equal_numpy(tmp_path):
 
 
 @pytest.mark.parametrize("size", [12, 30, 47])
-@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
-def test_square_equals_torchvision(shape, size):
+def test_square_equals_torchvision(size):
     """The shorter side is resized with antialiasing, then the center square is cut."""
-    images = torch.from_numpy(smooth(*shape)).permute(2, 0, 1)[None]
-    expected = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])(images)
+    images = torch.from_numpy(smooth(40, 30)).permute(2, 0, 1)[None]
+    expected = v2.CenterCrop(size)(v2.Resize(size)(images))
     torch.testing.assert_close(common.square(images, size), expected, rtol=0, atol=1)
 
 
@@ -105,9 +104,7 @@ def test_failed_download_is_one_error_line(run_cli, monkeypatch, name):
     def fail(*args, **options):
         raise OSError("Name or service not known")
 
-    for module in ("mnist", "cifar", "stl10"):
-        download = f"torchvision.datasets.{module}.download_and_extract_archive"
-        monkeypatch.setattr(download, fail)
+    monkeypatch.setattr("urllib.request.urlopen", fail)
     result = run_cli(simclr, "--dataset", name, "--data-dir", "files")
     assert result.status == 2 and len(result.err.splitlines()) == 1, result
     assert result.err.startswith(
@@ -116,22 +113,21 @@ def test_failed_download_is_one_error_line(run_cli, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "name, shape, axes",
-    [("CIFAR10", (32, 32, 3), (0, 3, 1, 2)), ("STL10", (3, 96, 96), (0, 1, 2, 3))],
+    "name, splits", [("CIFAR10", [1, 0]), ("STL10", ["train+unlabeled", "test"])]
 )
-def test_torchvision_layouts_keep_size_and_order(monkeypatch, name, shape, axes):
-    """[N, H, W, 3] and [N, 3, H, W] become [N, 3, S, S], not transposed."""
-    data, labels, splits = noise(3, *shape), [0, 1, -1], []
+def test_torchvision_layouts_keep_size_and_order(monkeypatch, name, splits):
+    """[N, H, W, 3] of CIFAR and [N, 3, H, W] of STL-10 become [N, 3, S, S], not transposed."""
+    data, labels, seen = noise(3, 3, 32, 32), [0, 1, -1], []
 
     def fake(root, download, **split):
-        splits.append(*split.values())
-        return SimpleNamespace(data=data, targets=labels, labels=np.array(labels), classes=[])
+        seen.append(*split.values())
+        layout = data.transpose(0, 2, 3, 1) if name == "CIFAR10" else data
+        return SimpleNamespace(data=layout, targets=labels, labels=labels, classes=[])
 
     monkeypatch.setattr(torchvision.datasets, name, fake)
     images = common.load_images(name.lower())
-    np.testing.assert_array_equal(images.train, data.transpose(axes))
-    assert images.train_labels.tolist() == labels and not images.gray
-    assert splits == ([True, False] if name == "CIFAR10" else ["train+unlabeled", "test"])
+    np.testing.assert_array_equal(images.train, data)
+    assert images.train_labels.tolist() == labels and not images.gray and seen == splits
 
 
 def test_fashion_mnist_from_idx_files(tmp_path):
@@ -144,8 +140,8 @@ def test_fashion_mnist_from_idx_files(tmp_path):
     for path in Path(source).glob("*-ubyte.gz"):
         (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     images = common.load_images("fashion_mnist", tmp_path)
-    assert images.train.shape == (60000, 3, 28, 28) and images.test.shape == (10000, 3, 28, 28)
-    assert images.gray and images.train_labels.bincount().tolist() == [6000] * 10
+    assert images.gray and len(images.test) == 10000
+    assert images.train_labels.bincount().tolist() == [6000] * 10
 
 
 def test_cifar10_jpeg_folder(tmp_path):
@@ -153,16 +149,14 @@ def test_cifar10_jpeg_folder(tmp_path):
     source = os.environ.get("SSL_TEST_CIFAR10")
     if not source:
         pytest.skip("SSL_TEST_CIFAR10 does not name the folder with train/ and test/")
-    for folder in Path(source).glob("*/*"):
-        copy = tmp_path / folder.relative_to(source)
-        copy.mkdir(parents=True)
-        for file in sorted(folder.iterdir())[:8]:
-            (copy / file.name).symlink_to(file)
+    (tmp_path / "train").mkdir()
+    for name in ("dog", "cat"):
+        (tmp_path / "train" / name).symlink_to(Path(source) / "test" / name)
     images = load(tmp_path)
-    assert images.train.shape == images.test.shape == (80, 3, 32, 32) and not images.gray
-    assert images.train_labels.tolist() == np.repeat(range(10), 8).tolist()
-    with Image.open(tmp_path / images.train_files[40]) as image:
-        np.testing.assert_array_equal(as_hwc(images.train[40]), image)
+    assert images.train.shape == (2000, 3, 32, 32) and images.class_names == ["cat", "dog"]
+    for i in range(0, 2000, 300):
+        with Image.open(tmp_path / images.train_files[i]) as image:
+            np.testing.assert_array_equal(as_hwc(images.train[i]), image)
 
 
 # ---------------------------------------------------------------- folders of images
@@ -207,7 +201,7 @@ def test_folder_layout(tmp_path, capsys, name):
     "names, says",
     [
         ("train/a/0.png train/b/0.png test/c/0.png", "train/ lacks classes of test images: ['c']"),
-        ("train/a/0.png test/a/0.png", "only one class"),
+        ("train/a/0.png", "only one class"),
         ("train/a/.0.png test/a/0.png", "no images found"),
     ],
 )
@@ -219,13 +213,11 @@ def test_folder_layout_is_refused(refused, tmp_path, names, says):
 
 
 def test_folder_of_links(photos, tmp_path):
-    """Linked class folders and linked files are read; a link to nothing is named."""
-    train = tmp_path / "train"
-    (train / "b").mkdir(parents=True)
-    (train / "a").symlink_to(photos / "train" / "class 0")
-    (train / "b" / "1.png").symlink_to(photos / "train" / "class 1" / "1.png")
-    assert load(tmp_path).train_labels.tolist() == [0] * 16 + [1]
-    (train / "b" / "gone.png").symlink_to("nowhere.png")
+    """A linked class folder is read; a link to nothing is named."""
+    shutil.copytree(photos / "train" / "class 1", tmp_path / "train" / "b")
+    (tmp_path / "train" / "a").symlink_to(photos / "train" / "class 0")
+    assert load(tmp_path).train_labels.tolist() == [0] * 16 + [1] * 16
+    (tmp_path / "train" / "b" / "gone.png").symlink_to("nowhere.png")
     with pytest.raises(common.UserError, match="gone.png"):
         load(tmp_path)
 
@@ -240,13 +232,10 @@ def write_modes(root):
     # Orientation: the camera was turned to the left.
     exif[0x0112] = 6
     files = {
-        "gray.jpg": (gray, gray),
         "bilevel.png": (gray > 127, (gray > 127) * 255),
-        "gray alpha.png": (np.dstack([gray, gray]), gray),
         "alpha.png": (np.dstack([color, gray]), color),
         "palette.gif": (palette, palette.convert("RGB")),
         "deep.png": (deep, deep >> 8),
-        "deep.tif": (deep, deep >> 8),
         "cmyk.jpg": (ink, color),
         "rotated.jpg": (color, np.rot90(color, -1)),
     }
@@ -283,7 +272,7 @@ def test_image_size_of_a_folder(tmp_path, sides, asked, size, side):
 def test_broken_images_are_all_named(run_cli, tmp_path):
     """One run names every broken file on a line of its own, and keeps no decoded file."""
     sizes = {"cut.jpg": 400, "cut.png": 60, "empty.png": 0, "two\nlines.gif": 5}
-    for name in [*sizes, "good.png", "good.jpg"]:
+    for name in [*sizes, "good.png"]:
         write(tmp_path / name, noise(64, 64))
     for name, size in sizes.items():
         os.truncate(tmp_path / name, size)
@@ -309,19 +298,16 @@ def test_second_start_decodes_nothing(photos, monkeypatch):
     monkeypatch.setattr(common, "_decode", lambda *args: pytest.fail("decoded again"))
     for images in first:
         assert torch.equal(images.train, load(photos, images.size).train)
-    assert len(cached()) == 2
 
 
 @pytest.mark.parametrize(
     "change",
     [
         os.unlink,
-        lambda path: write(path, noise(24, 24)),
         lambda path: os.utime(path, ns=(1, 1)),
         lambda path: path.rename(path.with_name("z.png")),
         lambda path: shutil.copy(path, path.with_name("new.png")),
     ],
-    ids=["removed", "content", "time", "renamed", "added"],
 )
 def test_changed_folder_is_decoded_again(photos, tmp_path, change):
     """Any change of the files gives a decoded file of another name."""
@@ -333,59 +319,54 @@ def test_changed_folder_is_decoded_again(photos, tmp_path, change):
     assert torch.equal(images.train, fresh.train)
 
 
-def decode_slowly(root, seconds):
-    """In a process of its own: decode, noting every image in the file `decoded`."""
+def test_killed_while_decoding(photos, monkeypatch):
+    """A killed decoding leaves nothing under the final name, and the next start decodes."""
     read_image = common.read_image
 
-    def slow(path, side):
-        with open("decoded", "a") as file:
-            file.write(f"{path}\n")
-        time.sleep(seconds)
+    def read_or_die(path, side):
+        if path.name == "17.png":
+            os.kill(os.getpid(), signal.SIGKILL)
         return read_image(path, side)
 
-    common.read_image = slow
-    load(root)
-
-
-def start_decoding(root, seconds):
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=decode_slowly, args=(root, seconds))
-    process.start()
-    return process
-
-
-def test_killed_while_decoding(photos):
-    """A killed decoding leaves nothing under the final name, and the next start decodes."""
-    process = start_decoding(photos, 60)
-    while not Path("decoded").exists():
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert Path("cache").exists() and not cached()
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "read_image", read_or_die)
+        process = FORK.Process(target=load, args=[photos])
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL and not cached()
     assert torch.equal(load(photos).train, load(photos, cache="fresh").train)
 
 
-def test_two_runs_starting_together_decode_once(photos):
-    """The second run waits for the first one's decoded file."""
-    processes = [start_decoding(photos, 0.02) for _ in range(2)]
+def test_two_runs_starting_together_decode_once(photos, monkeypatch):
+    """The second run waits for the decoded file of the first."""
+    read_image = common.read_image
+
+    def noting(path, side):
+        with open("decoded", "a") as file:
+            file.write(f"{path}\n")
+        time.sleep(0.02)
+        return read_image(path, side)
+
+    monkeypatch.setattr(common, "read_image", noting)
+    processes = [FORK.Process(target=load, args=[photos]) for _ in range(2)]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+        assert process.exitcode == 0
     assert len(Path("decoded").read_text().splitlines()) == 40
-    assert torch.equal(load(photos).test, load(photos, cache="fresh").test)
 
 
-def test_cache_dir_without_room(photos, monkeypatch, tmp_path):
+def test_cache_dir_without_room(photos, monkeypatch):
     """Too little room, or a file in the place of the folder, is a UserError before decoding."""
     monkeypatch.setattr(common, "read_image", lambda *args: pytest.fail("decoded"))
     needed = 40 * 3 * 24 * 24
-    usage = shutil.disk_usage("/")._replace(free=needed - 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(common.UserError, match=f"--cache-dir: {needed} bytes needed"):
         load(photos)
-    (tmp_path / "file").touch()
+    Path("file").touch()
     with pytest.raises(common.UserError, match="cannot use --cache-dir"):
-        load(photos, cache=tmp_path / "file")
+        load(photos, cache="file")
 
 
 def test_training_from_mapped_files_equals_memory(photos, tiny, monkeypatch):
@@ -410,16 +391,15 @@ def test_training_from_mapped_files_equals_memory(photos, tiny, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(9, 9), (9, 9, 1), (9, 9, 3), (3, 9, 3), (20, 30), (250, 300)])
 def test_npz_forms(tmp_path, shape):
-    """Gray or color, any size: center squares of at most 224 pixels; labels [N] or [N, 1]."""
-    train, labels = noise(7, *shape), np.arange(7)[:, None] % 3
-    images = load_npz(tmp_path, train_images=train, train_labels=labels, val_images=train)
+    """Gray or color, of any size, becomes RGB center squares of at most 224 pixels."""
+    train = noise(7, *shape)
+    images = load_npz(tmp_path, train_images=train)
     size = min(224, *shape[:2])
-    assert images.train.shape == (7, 3, size, size) and images.size == size
-    assert images.train_labels.tolist() == labels.flatten().tolist()
-    assert images.class_names == ["0", "1", "2"] and images.gray == (shape[2:] != (3,))
+    assert images.size == size and images.train.shape == (7, 3, size, size)
+    assert images.gray == (shape[2:] != (3,))
     if size < 224:
         left = (shape[1] - size) // 2
-        expected = train[:, :, left : left + size].reshape(7, size, size, -1)
+        expected = train.reshape(7, *shape[:2], -1)[:, :, left : left + size]
         assert (images.train.permute(0, 2, 3, 1).numpy() == expected).all()
 
 
@@ -437,12 +417,10 @@ def test_npz_without_labels_or_test(tmp_path):
 MALFORMED = {
     "missing": ("train_images", None, "lacks train_images"),
     "float images": ("train_images", np.zeros((9, 8, 8)), "float64"),
-    "five dimensions": ("train_images", noise(9, 8, 8, 3, 1), "[9, 8, 8, 3, 1]"),
     "two channels": ("test_images", noise(9, 8, 8, 2), "test_images"),
     "too few labels": ("train_labels", np.arange(8), "must be 9 integers"),
     "float labels": ("train_labels", np.zeros(9), "float64"),
     "one-hot labels": ("train_labels", np.eye(9, dtype=int), "[81]"),
-    "words": ("train_labels", np.array(list("abcdefghi")), "train_labels"),
     "negative labels": ("train_labels", np.arange(9) - 5, "train_labels"),
     "objects": ("train_labels", np.array([None] * 9), "Object arrays"),
 }
@@ -461,7 +439,7 @@ def test_malformed_npz_is_one_error_line(refused, tmp_path, name):
     refused(simclr, *words, says=["bad.npz", says])
 
 
-@pytest.mark.parametrize("size", [0, 5, 500])
+@pytest.mark.parametrize("size", [0, 500])
 def test_truncated_npz_is_one_error_line(refused, tiny_npz, tmp_path, size):
     """What is not a whole .npz file is one error line."""
     (tmp_path / "bad.npz").write_bytes(tiny_npz.read_bytes()[:size])
@@ -490,29 +468,26 @@ def test_prefetch_keeps_order_and_reads_ahead():
 
 
 def test_take_reads_other_devices_in_threads():
-    """Images on the device are indexed at once; others are read ahead by threads, in order."""
-    images = torch.arange(40).view(20, 2)
+    """Images that are not on the device are read by threads, in order."""
+    images, readers = torch.arange(40).view(20, 2), set()
     indices = [torch.tensor([i, 19 - i]) for i in range(20)]
-    readers = set()
 
     class Elsewhere:
-        device = SimpleNamespace(type="elsewhere")
+        device = torch.device("meta")
 
         def __getitem__(self, index):
             readers.add(threading.current_thread())
             return images[index]
 
-    for source in (images, Elsewhere()):
-        taken = torch.stack(list(common.take(source, indices, CPU)))
-        assert torch.equal(taken, images[torch.stack(indices)])
+    taken = torch.cat([*common.take(Elsewhere(), indices, CPU)])
+    assert torch.equal(taken, images[torch.cat(indices)])
     assert readers and threading.main_thread() not in readers
 
 
 def test_epoch_order_is_a_new_permutation_each_epoch():
     """It depends on seed and epoch alone; the last partial batch is dropped."""
-    order, again, *others = (
-        common.epoch_order(50, 16, *key) for key in ((1, 2), (1, 2), (2, 2), (1, 3))
-    )
+    keys = (1, 2), (1, 2), (2, 2), (1, 3)
+    order, again, *others = (common.epoch_order(50, 16, *key) for key in keys)
     assert order.shape == (3, 16) and len(order.unique()) == 48 and order.max() < 50
     assert torch.equal(order, again) and not any(torch.equal(order, other) for other in others)
 
@@ -533,7 +508,7 @@ def test_images_that_fit_are_moved_to_the_gpu(monkeypatch, free, moved):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * size, 2**40))
     monkeypatch.setattr(torch.Tensor, "to", lambda x, device: sizes.append(x.numel()) or x)
     common.load_images("digits", device="cuda")
-    assert len([n for n in sizes if n > 3]) == moved
+    assert sum(n > 3 for n in sizes) == moved
 
 
 # ---------------------------------------------------------------- encoder and monitors
@@ -544,8 +519,9 @@ def test_images_that_fit_are_moved_to_the_gpu(monkeypatch, free, moved):
 def test_build_encoder_equals_torchvision(name, size):
     """Width 64 loads into torchvision's network, up to 64 px with a 3x3 stem: same features."""
     torch.manual_seed(0)
-    encoder, _ = common.build_encoder(name, size)
+    encoder, feature_dim = common.build_encoder(name, size)
     expected = getattr(torchvision.models, name)()
+    assert feature_dim == expected.fc.in_features
     if size <= 64:
         expected.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
         expected.maxpool = torch.nn.Identity()
@@ -555,59 +531,41 @@ def test_build_encoder_equals_torchvision(name, size):
     torch.testing.assert_close(encoder.eval()(images), expected.eval()(images))
 
 
-@pytest.mark.parametrize(
-    "name, width, feature_dim", [("resnet10", 16, 128), ("resnet50", 32, 1024)]
-)
-def test_build_encoder_width(name, width, feature_dim):
-    """`width` channels in the first stage, and the features in proportion."""
-    encoder, dim = common.build_encoder(name, 8, width)
-    assert encoder.layer1[0].conv1.out_channels == width
-    assert encoder(torch.zeros(2, 3, 8, 8)).shape == (2, feature_dim) and dim == feature_dim
-
-
 def test_embed_in_eval_mode():
     """Features of clean images, in order; the encoder's mode and statistics stay."""
-    torch.manual_seed(0)
     images, (encoder, _) = common.load_images("digits"), common.build_encoder("resnet10", 8, 16)
     images.train_labels[5] = -1
     features, labels = common.embed(encoder, images, "train")
-    assert encoder.training and not features.requires_grad
+    # Width 16 has 8 * 16 features.
+    assert features.shape == (1437, 128) and encoder.training and not features.requires_grad
     assert torch.equal(labels, images.train_labels) and not encoder.bn1.running_mean.any()
-    clean = common.normalize(images.train, images.mean, images.std)
-    expected = encoder.eval()(clean).detach()
+    expected = encoder.eval()(common.normalize(images.train, images.mean, images.std)).detach()
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
     few, labels = common.embed(encoder, images, "train", labelled_only=True)
-    assert not encoder.training and len(labels) == 1436 and labels.min() == 0
+    assert not encoder.training and len(labels) == 1436
     torch.testing.assert_close(few[5:], expected[6:], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("k", [1, 200, 10_000])
+@pytest.mark.parametrize("k", [5, 10_000])
 def test_knn_monitor_equals_scikit_learn(k):
     """knn_acc is KNeighborsClassifier's score with metric="cosine"; k is at most all images."""
-    images = common.load_images("digits")
-    train, test = (
-        common.normalize(part, images.mean, images.std).flatten(1)
-        for part in (images.train, images.test)
-    )
-    knn = KNeighborsClassifier(min(k, 1437), metric="cosine").fit(train, images.train_labels)
-    expected = pytest.approx(knn.score(test, images.test_labels), abs=1e-9)
-    assert common.knn_monitor(torch.nn.Flatten(), images, k) == {"knn_acc": expected}
+    images, encoder = common.load_images("digits"), torch.nn.Flatten()
+    train, test = (common.embed(encoder, images, part) for part in ("train", "test"))
+    knn = KNeighborsClassifier(min(k, 1437), metric="cosine").fit(*train)
+    expected = pytest.approx(knn.score(*test), abs=1e-9)
+    assert common.knn_monitor(encoder, images, k) == {"knn_acc": expected}
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_labels_in_one_part_only(part):
-    """Without labels in one part, kNN is not evaluated and all images are embedded."""
-    images, encoder = common.load_images("digits"), torch.nn.Flatten()
+    """Without labels in one part, kNN is not evaluated."""
+    images = common.load_images("digits")
     getattr(images, f"{part}_labels").fill_(-1)
-    assert common.knn_monitor(encoder, images, 5) == {}
-    assert len(common.embed(encoder, images, part)[0]) == len(getattr(images, part))
+    assert common.knn_monitor(torch.nn.Flatten(), images, 5) == {}
 
 
 def test_spread_of_embeddings():
-    """1 for isotropic embeddings, 0 for collapsed ones of any length, float32 for half."""
-    torch.manual_seed(0)
+    """1 for isotropic embeddings, 0 for collapsed ones of any length."""
     z = torch.randn(4000, 64)
-    assert abs(common.spread(z) - 1) < 0.02
+    assert abs(common.spread(z) - 1) < 0.02 and common.spread(z + 20) < 0.1
     assert common.spread(torch.ones(100, 64) * torch.rand(100, 1)) < 1e-3
-    assert common.spread(z + 20) < 0.1
-    assert common.spread(z.half()).dtype == torch.float32
