@@ -1,34 +1,36 @@
-"""The parts of a step against what one would write without thinking of speed, as ratios taken in one run.
+"""The parts of a step against what one would write first, or against another version of the files.
 
     python benchmarks/ops.py --output benchmarks/results/ops-cpu.json
+    python benchmarks/ops.py --against ../before        # time of the files in ../before / time here
 
-- info_nce against a row-by-row loop in Python, N = 512 pairs of 128 numbers, forward and backward;
-- the pair of views against torchvision's transforms on PIL images with the same recipe, on one thread;
-- ema_update against a loop that rebinds `.data` of every parameter, on a ResNet-18.
+- info_nce: forward and backward, N pairs of 128 numbers; first: a Python loop over the rows;
+- barlow_twins_loss: the same (only with --against);
+- views, views_with_blur: two views at 32 pixels; first: torchvision's transforms on PIL images;
+- ema_update: a ResNet-18; first: a loop that rebinds `.data` of every parameter.
 
-Each pair runs in the order A B B A; a block gives one ratio; the result is their geometric mean and their range.
+One thread. Each pair runs in the order A B B A; a block gives one ratio. Reported: their geometric
+mean and its 95 % t-interval.
 """
 
+import importlib.util
 import json
-import math
-import statistics
+import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 import torchvision
 import tyro
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from throughput import interval, processor_name
+from torch.nn import functional as F
 from torchvision import transforms as T
-
-import simclr
-from byol import ema_update
 
 
 @dataclass
@@ -38,17 +40,19 @@ class Args:
     blocks: int = 8
     """blocks of A B B A"""
     n: int = 512
-    """pairs of embeddings; images of a batch of views"""
-    output: Optional[str] = None
+    """pairs of embeddings, and images of a batch"""
+    against: str | None = None
+    """folder of another version of the files to compare with"""
+    output: str | None = None
     """write the result to this JSON file"""
 
 
 def rowwise_info_nce(z1, z2, temperature):
-    """NT-Xent as a first listing has it: a row of the similarity matrix at a time, exp and sum in Python's loop."""
-    z = torch.nn.functional.normalize(torch.cat([z1, z2]), dim=1)
+    """NT-Xent as in a first listing: one row of the similarity matrix at a time."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
     n, losses = len(z1), []
     for i in range(2 * n):
-        row = torch.nn.functional.cosine_similarity(z[i : i + 1], z) / temperature
+        row = F.cosine_similarity(z[i : i + 1], z) / temperature
         others = torch.exp(row).sum() - torch.exp(row[i])
         losses.append(-torch.log(torch.exp(row[(i + n) % (2 * n)]) / others))
     return torch.stack(losses).mean()
@@ -60,10 +64,70 @@ def rebinding_ema(target, online, ema):
         old.data = ema * old.data + (1 - ema) * new.data
 
 
+def photo_pieces(n):
+    """n pieces of scikit-learn's two photographs, uint8 [n, 3, 32, 32]."""
+    pictures = [torch.tensor(p).permute(2, 0, 1) for p in load_sample_images().images]
+    images = []
+    for i in range(n):
+        picture = pictures[i % 2]
+        top, left = (int(torch.randint(side - 96, ())) for side in picture.shape[1:])
+        images.append(picture[:, top : top + 96 : 3, left : left + 96 : 3])
+    return torch.stack(images)
+
+
+def first_views(images, blur):
+    """A function that draws two views of every image by torchvision's transforms."""
+    pils = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    steps = [T.RandomResizedCrop(32, (0.2, 1.0)), T.RandomHorizontalFlip()]
+    jitter = T.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    steps += [T.RandomApply([jitter], 0.8), T.RandomGrayscale(0.2)]
+    steps += [T.RandomApply([T.GaussianBlur(3)], blur)] if blur else []
+    pipeline = T.Compose([*steps, T.ToTensor()])
+    return lambda: torch.stack([pipeline(image) for image in pils for _ in range(2)])
+
+
+def load(folder, name):
+    """A method file of another folder, as a module under another name."""
+    spec = importlib.util.spec_from_file_location(f"{name}_of_{folder}", Path(folder, f"{name}.py"))
+    # dataclasses look their module up.
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def ours(folder, inputs):
+    """The parts in the files of a folder: functions by name."""
+    simclr, byol, barlow_twins = (load(folder, f) for f in ("simclr", "byol", "barlow_twins"))
+    (z1, z2), images, networks = inputs
+    plain, blurred = ([replace(simclr.PHOTO_VIEW, blur_p=p)] * 2 for p in (0.0, 0.5))
+    return {
+        "info_nce": lambda: simclr.info_nce(z1, z2, 0.5).backward(),
+        "barlow_twins_loss": lambda: barlow_twins.barlow_twins_loss(z1, z2, 0.0051).backward(),
+        "views": lambda: simclr.two_views(images, plain),
+        "views_with_blur": lambda: simclr.two_views(images, blurred),
+        # One update takes a millisecond.
+        "ema_update": lambda: [byol.ema_update(*networks, 0.99) for _ in range(20)],
+    }
+
+
+def first_listing(inputs):
+    """What one would write first: functions by name."""
+    (z1, z2), images, networks = inputs
+    return {
+        "info_nce": lambda: rowwise_info_nce(z1, z2, 0.5).backward(),
+        "views": first_views(images, 0.0),
+        "views_with_blur": first_views(images, 0.5),
+        "ema_update": lambda: [rebinding_ema(*networks, 0.99) for _ in range(20)],
+    }
+
+
 def seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    """Seconds per call of as many calls as take a tenth of a second."""
+    calls, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < 0.1:
+        call()
+        calls += 1
+    return spent / calls
 
 
 def compare(slow, fast, blocks):
@@ -71,48 +135,25 @@ def compare(slow, fast, blocks):
     slow(), fast()
     ratios = []
     for _ in range(blocks):
-        a1, b1, b2, a2 = seconds(slow), seconds(fast), seconds(fast), seconds(slow)
+        a1, b1, b2, a2 = map(seconds, (slow, fast, fast, slow))
         ratios.append((a1 + a2) / (b1 + b2))
-    mean = math.exp(statistics.mean(map(math.log, ratios)))
-    return dict(ratio=round(mean, 2), lowest=round(min(ratios), 2), highest=round(max(ratios), 2), blocks=blocks)
+    return interval(ratios)
 
 
 def main(args):
+    """Compare every part, print and write the ratios."""
     torch.manual_seed(0)
-    result = {}
-
-    z1, z2 = torch.randn(2, args.n, 128).requires_grad_().unbind()
-    ours, theirs = simclr.info_nce(z1, z2, 0.5).item(), rowwise_info_nce(z1, z2, 0.5).item()
-    result["info_nce"] = compare(lambda: rowwise_info_nce(z1, z2, 0.5).backward(),
-                                 lambda: simclr.info_nce(z1, z2, 0.5).backward(), args.blocks)  # fmt: skip
-    result["info_nce"]["difference"] = abs(ours - theirs)
-
-    online, target = torchvision.models.resnet18(), torchvision.models.resnet18()
-    few = 20  # one update takes a millisecond
-    result["ema_update"] = compare(lambda: [rebinding_ema(target, online, 0.99) for _ in range(few)],
-                                   lambda: [ema_update(target, online, 0.99) for _ in range(few)], args.blocks)  # fmt: skip
-
     torch.set_num_threads(1)
-    pictures = [torch.tensor(p).permute(2, 0, 1) for p in load_sample_images().images]
-    images = []
-    for i in range(args.n):  # pieces of real photographs, 32 x 32
-        picture = pictures[i % 2]
-        top, left = (int(torch.randint(side - 96, ())) for side in picture.shape[1:])
-        images.append(picture[:, top : top + 96 : 3, left : left + 96 : 3])
-    images = torch.stack(images)
-    pils = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    for name, blur in (("views", 0.0), ("views_with_blur", 0.5)):
-        view = simclr.View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2, blur_p=blur)
-        steps = [T.RandomResizedCrop(32, (0.2, 1.0)), T.RandomHorizontalFlip(),
-                 T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2)]  # fmt: skip
-        steps += [T.RandomApply([T.GaussianBlur(3)], blur)] if blur else []
-        pipeline = T.Compose([*steps, T.ToTensor()])
-        result[name] = compare(lambda: torch.stack([pipeline(image) for image in pils for _ in range(2)]),
-                               lambda: simclr.two_views(images, (view, view)), args.blocks)  # fmt: skip
-
-    result = dict(command=f"python benchmarks/ops.py --blocks {args.blocks} --n {args.n}", device="cpu",
-                  torch=torch.__version__, torchvision=torchvision.__version__, **result)  # fmt: skip
-    print(json.dumps(result, indent=2))
+    pair = torch.randn(2, args.n, 128).requires_grad_().unbind()
+    networks = torchvision.models.resnet18(), torchvision.models.resnet18()
+    inputs = pair, photo_pieces(args.n), networks
+    here = ours(ROOT, inputs)
+    other = ours(args.against, inputs) if args.against else first_listing(inputs)
+    command = shlex.join(["python", "benchmarks/ops.py", *sys.argv[1:]])
+    result = dict(command=command, device=processor_name(), torch=torch.__version__)
+    for name, call in other.items():
+        result[name] = compare(call, here[name], args.blocks)
+        print(name, *(f"{key} {value}" for key, value in result[name].items()), flush=True)
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
 
