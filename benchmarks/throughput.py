@@ -34,11 +34,12 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np
 import torch
 import tyro
+from accuracy import processor_name
 from PIL import Image
 from scipy import stats
 from torch import nn
@@ -298,12 +299,6 @@ def measure(method, args, images):
     means = {name: round(stats.gmean(found), 1) for name, found in rates.items()}
     settings = asdict(contenders["step"].args)
     return dict(args=settings, samples_per_sec=means, ratios=ratios)
-
-
-def processor_name():
-    """The CPU's model name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
 
 
 def main(args):
