@@ -116,7 +116,9 @@ def resolve(args, recipes):
         args = replace(args, warmup_epochs=args.epochs / 10)
 
     # Below 16 channels, oneDNN's backward of strided 1x1 convolutions corrupts memory (its #6035).
-    least = dict(width=16, projection_layers=0, epochs=0, batch_size=2, lr=0, weight_decay=0)
+    least = dict(
+        seed=0, width=16, projection_layers=0, epochs=0, batch_size=2, lr=0, weight_decay=0
+    )
     least |= dict(warmup_epochs=0, eval_every=0, knn_k=1, checkpoint_every=1)
     for key, low in least.items():
         value = getattr(args, key)
@@ -588,7 +590,10 @@ def embed(encoder, images, part, labelled_only=False):
         batch = normalize(square(batch, size), images.mean, images.std)
         features.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float())
     encoder.train(was_training)
-    return torch.cat(features), labels[rows.cpu()]
+    features = torch.cat(features)
+    if not torch.isfinite(features).all():
+        raise UserError("the features are not finite; a lower --lr may help", status=1)
+    return features, labels[rows.cpu()]
 
 
 def spread(z):
@@ -688,6 +693,9 @@ class Run:
         "checkpoint_every knn_k track wandb_project"
     ).split()
 
+    # In a notebook the process lives on after an error, and may resume the run.
+    lock = None
+
     def __init__(self, method, args, images, views, encoder, network, optimizer, scaler):
         self.method, self.images, self.encoder = method, images, encoder
         # What build_encoder needs to make the encoder again, or the name of another class.
@@ -733,7 +741,9 @@ class Run:
         """Create and lock the folder; return the args.json of the run to resume, or {}."""
         with user_errors(f"cannot write to --run-dir {str(self.dir)!r}", OSError):
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = filelock.FileLock(self.dir / ".lock")
+            if Run.lock:
+                Run.lock.release()
+            Run.lock = filelock.FileLock(self.dir / ".lock")
             try:
                 self.lock.acquire(timeout=0)
             except filelock.Timeout:
@@ -823,7 +833,6 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
             if RANK == 0:
-                # In a notebook the process lives on after an error, and may resume the run.
                 self.lock.release()
 
     def record(self, step, loss, z, lr):
