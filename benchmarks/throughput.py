@@ -1,8 +1,8 @@
 """Samples per second of train_step and of its parts, next to the same work in lightly.
 
-    python benchmarks/throughput.py --compile --output benchmarks/results/throughput-gpu.json
+    python benchmarks/throughput.py --flags="--compile" --output benchmarks/results/throughput.json
     python benchmarks/throughput.py --no-lightly --variant="--compile" --profile
-    python benchmarks/throughput.py --batch-size 32 --images 640 --warmup 2 --seconds 2 --blocks 6
+    python benchmarks/throughput.py --flags="--batch-size 32" --images 640 --warmup 2 --seconds 2
 
 A sample is one image, two views. The contenders of a method:
 
@@ -10,9 +10,9 @@ A sample is one image, two views. The contenders of a method:
 - model: train_step alone, on the same two views (forward, backward, update);
 - views: two_views alone;
 - variant: step with the flags of --variant;
-- lightly tuned, lightly shipped: lightly's transform in a DataLoader, its heads and its loss, with
-  the same encoder, widths, batch size and parameters of the views. Shipped: float32 and 8 workers,
-  as in its examples. Tuned: the precision of step, channels_last, a persistent worker per core;
+- lightly tuned, lightly shipped: lightly's transform in a DataLoader and its loss, with the same
+  network, batch size and parameters of the views. Shipped: float32 and 8 workers, as in its
+  examples. Tuned: the precision of step, channels_last, a persistent worker per core;
 - again: step once more, which shows the noise.
 
 All are warmed up, then take turns in one process in the order A B C C B A: a block, which gives one
@@ -20,7 +20,6 @@ ratio of each pair. Reported: geometric mean and 95 % t-interval over the blocks
 requirements.txt: install it, or use --no-lightly.
 """
 
-import copy
 import importlib
 import inspect
 import json
@@ -29,9 +28,8 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -56,24 +54,14 @@ class Args:
 
     methods: tuple[str, ...] = ("simclr", "byol", "barlow_twins")
     """method files"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """device to compute on"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """precision of step and of lightly tuned"""
-    compile: bool = False
-    """torch.compile the networks"""
-    encoder: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None
-    """encoder (unset, as below: the recipe's for photographs)"""
-    width: int | None = None
-    """channels of its first stage"""
-    batch_size: int | None = None
-    """global batch size"""
+    flags: str = ""
+    """flags of the methods, in one string, as in --flags="--compile --batch-size 128" """
     images: int = 50000
     """number of random images"""
     image_size: int = 32
     """their side in pixels"""
     variant: str | None = None
-    """flags of a second step to compare with"""
+    """more flags, of a second step to compare with"""
     lightly: bool = True
     """compare with lightly"""
     blocks: int = 8
@@ -139,90 +127,54 @@ class PilImages(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[i]))
 
 
-class LightlyBYOL(nn.Module):
-    """Online and target encoder with lightly's heads."""
+class Lightly(Step):
+    """The same network with lightly's transform in a DataLoader and lightly's loss."""
 
-    def __init__(self, encoder, projector, predictor):
-        super().__init__()
-        self.online, self.predictor = nn.Sequential(encoder, projector), predictor
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-
-    def forward(self, v1, v2):
-        with torch.no_grad():
-            targets = self.target(v1), self.target(v2)
-        return *(self.predictor(self.online(v)) for v in (v1, v2)), *targets
-
-
-class Lightly:
-    """A training loop as in lightly's examples, of the same work as `step`."""
-
-    def __init__(self, method, step, images, tuned):
+    def __init__(self, method, args, images, tuned):
         from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform
 
-        args, self.method, self.device, self.tuned = step.args, method, step.device, tuned
-        self.amp_dtype = step.amp_dtype if tuned else None
-        size = images.shape[2]
+        super().__init__(method, args, images)
         transforms = []
-        for view in step.views:
+        for view in self.views:
             names = ("cj_bright", "cj_contrast", "cj_sat", "cj_hue")
             options = dict(zip(names, view.jitter), cj_prob=view.jitter_p, cj_strength=1.0)
             options |= dict(random_gray_scale=view.grayscale_p, gaussian_blur=view.blur_p)
             options |= dict(solarization_prob=view.solarize_p, hf_prob=view.flip_p)
             normalize = dict(mean=[0.5] * 3, std=[0.25] * 3)
-            options |= dict(input_size=size, min_scale=view.crop[0], normalize=normalize)
-            transforms.append(BYOLView1Transform(**options))
+            options |= dict(input_size=images.shape[2], min_scale=view.crop[0])
+            transforms.append(BYOLView1Transform(**options, normalize=normalize))
         workers = len(os.sched_getaffinity(0)) if tuned else 8
-        more = dict(persistent_workers=True, pin_memory=self.device.type == "cuda") if tuned else {}
+        more = dict(persistent_workers=tuned, pin_memory=tuned and self.device.type == "cuda")
         more |= dict(shuffle=True, drop_last=True, num_workers=workers)
         dataset = PilImages(images, BYOLTransform(*transforms))
-        self.loader = torch.utils.data.DataLoader(dataset, args.batch_size, **more)
-        self.batches = (batch for _ in iter(int, 1) for batch in self.loader)
-        self.loss, self.network = self.build(args, size)
-        layout = torch.channels_last if tuned else torch.preserve_format
-        self.network.to(self.device, memory_format=layout)
-        self.model = torch.compile(self.network) if tuned and args.compile else self.network
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=0.06, momentum=0.9, weight_decay=5e-4)
-        fp16 = self.amp_dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        loader = torch.utils.data.DataLoader(dataset, self.args.batch_size, **more)
+        self.batches = (batch for _ in iter(int, 1) for batch in loader)
+        self.method, self.layout = method, torch.channels_last
+        if not tuned:
+            self.layout = torch.contiguous_format
+            self.model.to(memory_format=self.layout)
 
-    def build(self, args, size):
-        """The loss as a function of model, v1 and v2, and the network."""
+    def loss(self, out):
+        """lightly's loss of the network's output."""
         from lightly import loss as losses
-        from lightly.models.modules import heads
 
-        encoder, dim = common.build_encoder(args.encoder, size, args.width)
-        sizes = args.hidden_dim, args.projection_dim
         if self.method == "simclr":
-            criterion = losses.NTXentLoss(args.temperature)
-            head = heads.SimCLRProjectionHead(dim, *sizes, args.projection_layers)
-            network = nn.Sequential(encoder, head)
-            return lambda model, v1, v2: criterion(*model(torch.cat([v1, v2])).chunk(2)), network
+            return losses.NTXentLoss(self.own["temperature"])(*out)
         if self.method == "barlow_twins":
-            criterion = losses.BarlowTwinsLoss(args.lambd)
-            network = nn.Sequential(encoder, heads.BarlowTwinsProjectionHead(dim, *sizes))
-            return lambda model, v1, v2: criterion(model(v1), model(v2)), network
+            return losses.BarlowTwinsLoss(self.own["lambd"])(*out)
         criterion = losses.NegativeCosineSimilarity()
-        predictor = heads.BYOLPredictionHead(sizes[1], *sizes)
-        network = LightlyBYOL(encoder, heads.BYOLProjectionHead(dim, *sizes), predictor)
-
-        def loss(model, v1, v2):
-            p1, p2, z1, z2 = model(v1, v2)
-            return 0.5 * (criterion(p1, z2) + criterion(p2, z1))
-
-        return loss, network
+        return 0.5 * (criterion(out[0], out[3]) + criterion(out[1], out[2]))
 
     def run(self, steps):
-        for _ in range(steps):
-            v1, v2 = (v.to(self.device, non_blocking=self.tuned) for v in next(self.batches))
-            if self.tuned:
-                v1, v2 = (v.contiguous(memory_format=torch.channels_last) for v in (v1, v2))
-            if self.method == "byol":
-                from lightly.models.utils import update_momentum
+        from lightly.models.utils import update_momentum
 
-                update_momentum(self.network.online, self.network.target, m=0.99)
+        for _ in range(steps):
+            v1, v2 = (v.to(self.device, non_blocking=True) for v in next(self.batches))
+            v1, v2 = (v.contiguous(memory_format=self.layout) for v in (v1, v2))
+            if self.method == "byol":
+                update_momentum(self.model.online, self.model.target, m=0.99)
             with torch.autocast(self.device.type, self.amp_dtype, self.amp_dtype is not None):
-                loss = self.loss(self.model, v1, v2)
+                loss = self.loss(self.model(v1, v2))
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -251,18 +203,18 @@ def interval(ratios):
 
 def contenders_of(method, args, images):
     """Everything that takes a turn, by name."""
-    shared = ("device", "precision", "compile", "encoder", "width", "batch_size")
-    settings = {name: getattr(args, name) for name in shared}
-    base = importlib.import_module(method).Args(dataset="cifar10", **settings)
+    args_class = importlib.import_module(method).Args
+    base = tyro.cli(args_class, args=["--dataset", "cifar10", *shlex.split(args.flags)])
     step = Step(method, base, images)
     found = dict(step=step, model=Step(method, base, images, fresh_views=False))
     found["views"] = Step(method, base, images, train=False)
     if args.variant is not None:
-        changed = tyro.cli(type(base), args=shlex.split(args.variant), default=base)
+        changed = tyro.cli(args_class, args=shlex.split(args.variant), default=base)
         found["variant"] = Step(method, changed, images)
     if args.lightly:
-        found["lightly tuned"] = Lightly(method, step, images, tuned=True)
-        found["lightly shipped"] = Lightly(method, step, images, tuned=False)
+        found["lightly tuned"] = Lightly(method, base, images, tuned=True)
+        shipped = replace(base, precision="fp32", compile=False)
+        found["lightly shipped"] = Lightly(method, shipped, images, tuned=False)
     return {**found, "again": step}
 
 
@@ -303,7 +255,7 @@ def measure(method, args, images):
 
 def main(args):
     """Every method, and the JSON file after each of them."""
-    cuda = common.pick_device(args.device).type == "cuda"
+    cuda = torch.cuda.is_available()
     shape = args.images, 3, args.image_size, args.image_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     command = shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]])
