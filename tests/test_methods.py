@@ -1,336 +1,472 @@
-"""What the three method files share and how they differ: schedules, networks, targets, copying one file alone."""
+"""The method files: what they share, networks, schedules, train_step, and a reader's changes."""
 
 import ast
+import contextlib
+import copy
 import difflib
+import functools
+import importlib
+import inspect
 import shutil
+import signal
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import one_graph
+from conftest import LOSS, METHODS, READS, ROOT, one_graph, waits
+from test_losses import WAITING
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import barlow_twins
 import byol
 import common
 import simclr
 
-ROOT = Path(simclr.__file__).parent
-METHODS = [simclr, byol, barlow_twins]
-NETWORKS = {simclr: simclr.SimCLR, byol: byol.BYOL, barlow_twins: barlow_twins.BarlowTwins}
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
+VIEW = simclr.View(
+    (0.2, 1.0), 0.5, 10, 0.1, 0.1, 0.5, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5, 0.2, 0.1
+)
 
 
-def tiny_encoder():
-    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+class Small(nn.Sequential):
+    """An encoder of a reader: 4 features of images of any size."""
+
+    def __init__(self):
+        conv, pool = nn.Conv2d(3, 4, 3, 2), nn.AdaptiveAvgPool2d(1)
+        super().__init__(conv, nn.BatchNorm2d(4), nn.ReLU(), pool, nn.Flatten())
 
 
-# ---------------------------------------------------------------- alike
+def build(module, encoder=None, feature_dim=4, layers=2):
+    """The network of a method file around an encoder."""
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, nn.Module)]
+    torch.manual_seed(0)
+    return classes[0](encoder or Small(), feature_dim, 8, 6, layers)
 
 
-@pytest.mark.parametrize("name", [
-    "View", "crop_boxes", "crop_resize", "affine", "to_grey", "adjust_hue", "color_jitter", "gaussian_blur", "augment",
-    "two_views", "mlp", "learning_rate", "make_optimizer",
-])  # fmt: skip
-def test_what_the_methods_share_is_the_same_text(name):
-    def source(module):
-        text = Path(module.__file__).read_text()
-        return next(ast.get_source_segment(text, node) for node in ast.parse(text).body
-                    if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name)  # fmt: skip
-
-    assert source(simclr) == source(byol) == source(barlow_twins)
+def own(module):
+    """The method's own arguments of train_step, from the recipe of the digits."""
+    recipe, names = module.RECIPES["digits"], inspect.signature(module.train_step).parameters
+    return {name: recipe[name] for name in names if name in recipe and name != "lr"}
 
 
-@pytest.mark.parametrize("other", [byol, barlow_twins])
-def test_main_differs_in_a_few_lines_only(other):
-    def main(module):
-        text = Path(module.__file__).read_text()
-        return text[text.index("def main(") :].splitlines()
-
-    changed = [line for line in difflib.ndiff(main(simclr), main(other)) if line[0] == "+"]
-    assert 0 < len(changed) <= 12, changed
+def draw():
+    """Two views of 8 images."""
+    return torch.rand(2, 8, 3, 16, 16)
 
 
-def test_shared_flags_are_the_same_in_name_order_and_type():
-    own = {"temperature", "ema", "ema_schedule", "lambd"}
-    shared = [[(f.name, f.type) for f in module.Args.__dataclass_fields__.values() if f.name not in own]
-              for module in METHODS]  # fmt: skip
-    assert shared[0] == shared[1] == shared[2]
+@pytest.fixture
+def small(monkeypatch):
+    """Small in the place of build_encoder's ResNet."""
+    monkeypatch.setattr(common, "build_encoder", lambda *args: (Small(), 4))
 
 
-@pytest.mark.parametrize("module", METHODS)
-def test_every_recipe_names_real_flags_and_fills_every_unset_one(module):
-    unset = {f.name for f in module.Args.__dataclass_fields__.values() if f.default is None}
-    free = {"run_dir", "wandb_entity", "image_size", "knn_temperature"}
-    datasets = module.Args.__dataclass_fields__["dataset"].type.__args__
-    assert set(module.RECIPES) == set(datasets)
-    for recipe in module.RECIPES.values():
-        assert set(recipe) == (unset - free) | {"augment"}
-        assert recipe["augment"] in module.AUGMENT
+# ---------------------------------------------------------------- what the files share
 
 
-# ---------------------------------------------------------------- copying one file
+def source(name):
+    """The text of each function and class of a method file, decorators included."""
+    text = (ROOT / f"{name}.py").read_text()
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            first = (node.decorator_list or [node])[0].lineno
+            found[node.name] = text.splitlines()[first - 1 : node.end_lineno]
+    return found
+
+
+SOURCES = [source(name) for name in METHODS]
+NAMES = sorted(set().union(*SOURCES) - {"Args", "train_step", "main"})
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if sum(n in s for s in SOURCES) > 1])
+def test_shared_functions_are_the_same_text(name):
+    """A function of most of the method files is in all of them, line for line."""
+    texts = [s.get(name) for s in SOURCES]
+    assert texts.count(texts[0]) == len(texts), f"{name}: change it in all of {METHODS}"
+
+
+def test_shared_flags_have_the_same_name_order_type_and_help():
+    """Only the flags from --width to --projection-dim are a method's own."""
+    shared = []
+    for s in SOURCES:
+        fields = ast.parse("\n".join(s["Args"])).body[0].body[1:]
+        lines = [ast.unparse(node) for node in fields]
+        names = [line.split(":")[0] for line in lines]
+        a, b = names.index("width"), names.index("projection_dim")
+        shared.append(lines[: a + 2] + lines[b:])
+    assert shared.count(shared[0]) == len(shared), f"change the flags in all of {METHODS}"
+
+
+@pytest.mark.parametrize("other", range(1, len(METHODS)))
+def test_main_differs_in_a_few_lines(other):
+    """main is the same but for the method's name, check, network and arguments."""
+    diff = difflib.ndiff(SOURCES[0]["main"], SOURCES[other]["main"])
+    assert 0 < sum(line[0] == "+" for line in diff) <= 12, f"change main in all of {METHODS}"
+
+
+def test_recipes_fill_every_unset_flag(method):
+    """Each data set has a recipe: a value for every flag whose default is unset, no others."""
+    fields = method.Args.__dataclass_fields__
+    unset = {name for name, field in fields.items() if field.default is None}
+    assert set(method.RECIPES) == set(fields["dataset"].type.__args__)
+    for recipe in method.RECIPES.values():
+        assert set(recipe) == unset - {"run_dir", "image_size"} | {"augment"}
+        assert recipe["augment"] in method.AUGMENT
+
 
 ALONE = """
 import sys, torch
-from torch import nn
-import {name} as method
-assert "common" not in sys.modules
-forbidden = {{"tyro", "wandb", "sklearn", "matplotlib"}} & set(sys.modules)
-assert not forbidden, forbidden
-encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
-v1, v2 = method.two_views(images)
-network = method.{network}(encoder, 4, hidden_dim=8, projection_dim=6)
-{step}
-loss.backward()
-assert torch.isfinite(loss) and all(p.grad is not None for p in network.parameters() if p.requires_grad)
-method.make_optimizer(network, 1e-4).step()
-{after}
-print("alone")
+for name, network, own in {}:
+    sys.path[0] = name
+    method = __import__(name)
+    encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    network = getattr(method, network)(encoder, 12)
+    optimizer = method.make_optimizer(network, 1e-4)
+    v1, v2 = method.two_views(torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss, z1 = method.train_step(network, optimizer, scaler, v1, v2, 0.1, **own)
+    assert loss.isfinite() and len(z1) == 16
+assert not {{"common", "tyro", "wandb", "sklearn", "torchvision"}} & set(sys.modules)
 """
-STEPS = {
-    simclr: ("z1, z2 = network(v1, v2); loss = method.info_nce(z1, z2, 0.5)", ""),
-    byol: ("p1, p2, t1, t2, _ = network(v1, v2); loss = method.byol_loss(p1, t2) + method.byol_loss(p2, t1)",
-           "method.ema_update(network.target, network.online, 0.99)"),
-    barlow_twins: ("z1, z2 = network(v1, v2); loss = method.barlow_twins_loss(z1, z2, 0.0051)", ""),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("module", METHODS)
-def test_one_file_alone_in_a_folder_gives_views_network_and_loss(module, tmp_path):
-    shutil.copy(module.__file__, tmp_path)
-    step, after = STEPS[module]
-    code = ALONE.format(name=module.__name__, network=NETWORKS[module].__name__, step=step, after=after)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "alone\n", done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix) == [f"{module.__name__}.py"]
+def test_file_alone_gives_views_network_and_train_step(tmp_path):
+    """A copied method file trains in a folder of its own, with PyTorch only."""
+    cases = []
+    for name in METHODS:
+        module = importlib.import_module(name)
+        (tmp_path / name).mkdir()
+        shutil.copy(module.__file__, tmp_path / name)
+        cases.append((name, type(build(module)).__name__, own(module)))
+    command = [sys.executable, "-c", ALONE.format(cases)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert not done.stderr and not done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("module", METHODS)
-def test_with_common_beside_it_the_copied_command_runs(module, tmp_path):
-    for file in (module.__file__, common.__file__):
-        shutil.copy(file, tmp_path)
-    command = [sys.executable, f"{module.__name__}.py", "--epochs", "0", "--width", "16", "--run-dir", "r"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and (tmp_path / "r" / "embeddings.npz").exists(), done.stderr
+# ---------------------------------------------------------------- schedules and optimizer
 
 
-# ---------------------------------------------------------------- schedules, optimizer
+def test_learning_rate_warms_up_to_the_peak_and_falls_to_zero():
+    """Linear, then a cosine that is half way down at half its time; no step without training."""
+    rates = [simclr.learning_rate(step, 100, 10, 0.33) for step in (0, 4, 10, 55, 100)]
+    assert rates == pytest.approx([0.03, 0.15, 0.33, 0.165, 0])
+    assert simclr.learning_rate(0, 10, 0, 0.3) == 0.3
 
 
-def test_learning_rate_rises_to_the_peak_and_falls_to_zero():
-    rate = [simclr.learning_rate(step, 100, 10, 0.3) for step in range(101)]
-    assert 0 < rate[0] < rate[1] and rate[10] == 0.3 == max(rate) and rate[100] == pytest.approx(0)
-    assert rate[55] == pytest.approx(0.15)  # half way down the cosine
-    assert all(a < b for a, b in zip(rate[:10], rate[1:])) and all(a > b for a, b in zip(rate[10:], rate[11:]))
-    assert simclr.learning_rate(0, 10, 0, 0.3) == 0.3  # no warm-up
-    assert simclr.learning_rate(4, 5, 10, 0.3) < 0.3  # a run shorter than its warm-up
-
-
-def test_ema_rises_from_the_flag_to_one_or_stays():
-    assert byol.ema_at(0, 100, 0.99, "cosine") == pytest.approx(0.99)
-    assert byol.ema_at(50, 100, 0.99, "cosine") == pytest.approx(0.995)
-    assert byol.ema_at(100, 100, 0.99, "cosine") == 1
+def test_ema_at_rises_from_ema_to_one_or_stays():
+    """--ema-schedule cosine and constant."""
+    rising = [byol.ema_at(step, 100, 0.99, "cosine") for step in (0, 50, 100)]
+    assert rising == pytest.approx([0.99, 0.995, 1])
     assert byol.ema_at(70, 100, 0.99, "constant") == 0.99
 
 
-@pytest.mark.parametrize("module", METHODS)
-def test_the_optimizer_decays_weights_only_and_holds_what_is_trained_once(module):
-    network = NETWORKS[module](tiny_encoder(), 4, 8, 6)
-    decayed, free = module.make_optimizer(network, 0.1).param_groups
-    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
-    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in free["params"])
-    held = [id(p) for group in (decayed, free) for p in group["params"]]
-    assert sorted(held) == sorted({id(p) for p in network.parameters() if p.requires_grad})
+def test_warmup_epochs_of_a_short_run_are_a_tenth(tiny, small, monkeypatch):
+    """Epochs that end inside the recipe's warm-up: a warm-up of a tenth of the steps."""
+    calls = []
+    monkeypatch.setattr(simclr, "learning_rate", lambda *args: calls.append(args) or 0.1)
+    simclr.main(simclr.Args(**tiny(warmup_epochs=None, epochs=10)))
+    assert calls[-1][:3] == (29, 30, 3)
 
 
-@pytest.mark.parametrize("module", METHODS)
-def test_steps_that_a_scaler_skips_leave_no_trace(module):
-    """Overflowing gradients at the first and at a later step: the weights are those of plain SGD without these steps."""
-    torch.manual_seed(0)
-    network = NETWORKS[module](tiny_encoder(), 4, 8, 6)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    copies = [p.detach().clone().requires_grad_() for p in trained]
-    plain = torch.optim.SGD(
-        [dict(params=[p], weight_decay=0.1 * (p.ndim > 1)) for p in copies], 0.05, 0.9, foreach=False
-    )
-    optimizer, scaler = module.make_optimizer(network, 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.05
-    for overflows in (True, False, False, True, False):
-        gradients = [torch.randn_like(p) for p in trained]
-        scale = scaler.scale(torch.ones(()))
-        for p, copied, gradient in zip(trained, copies, gradients):
-            p.grad, copied.grad = gradient * scale * (torch.inf if overflows else 1), gradient
+def test_make_optimizer_decays_weights_only(method):
+    """Every trained parameter once; no weight decay on biases and norms."""
+    network = build(method)
+    decayed, other = method.make_optimizer(network, 0.1).param_groups
+    assert (decayed["weight_decay"], other["weight_decay"]) == (0.1, 0)
+    assert {p.ndim for p in other["params"]} == {1} and min(p.ndim for p in decayed["params"]) > 1
+    held = [id(p) for p in decayed["params"] + other["params"]]
+    assert sorted(held) == sorted(id(p) for p in network.parameters() if p.requires_grad)
+
+
+def test_steps_skipped_by_scaler_leave_no_trace():
+    """fp16 overflows at the first and a later step: the weights of SGD without these steps."""
+    network = build(simclr)
+    twin = copy.deepcopy(network)
+    optimizer, scaler = simclr.make_optimizer(network, 0), torch.amp.GradScaler("cpu")
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.05
+    plain = torch.optim.SGD(twin.parameters(), 0.05, 0.9)
+    for factor in (torch.inf, 1, 1, torch.inf, 1):
+        scale = scaler.scale(torch.tensor(factor))
+        for p, q in zip(network.parameters(), twin.parameters()):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad * scale
         scaler.step(optimizer)
         scaler.update()
-        if not overflows:
+        if factor == 1:
             plain.step()
-    for p, copied in zip(trained, copies):
-        torch.testing.assert_close(p, copied)
+    torch.testing.assert_close(network.state_dict(), twin.state_dict())
 
 
 # ---------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize("module", METHODS)
 @pytest.mark.parametrize("layers", [0, 1, 2, 3])
-def test_projector_layers(module, layers):
-    network = NETWORKS[module](tiny_encoder(), 4, 8, 6, layers)
-    projector = network.online.projector if module is byol else network.projector
-    assert sum(isinstance(m, nn.Linear) for m in projector) == layers
-    assert sum(isinstance(m, nn.BatchNorm1d) for m in projector) == max(0, layers - 1)
-    out = network(*torch.rand(2, 5, 3, 16, 16))
-    assert all(o.shape == (5, 6 if layers else 4) for o in out)
+def test_projection_layers(method, layers):
+    """--projection-layers linear layers, BatchNorm between them; 0: z is h."""
+    network = build(method, layers=layers)
+    modules = network.named_modules()
+    kinds = [type(m) for name, m in modules if "projector." in name and "target" not in name]
+    assert kinds.count(nn.Linear) == layers and kinds.count(nn.BatchNorm1d) == max(0, layers - 1)
+    assert all(z.shape == (8, 6 if layers else 4) for z in network(*draw()))
 
 
-def test_simclr_forward_sees_both_views_as_one_batch_and_the_others_each_view():
-    torch.manual_seed(0)
-    v1, v2 = torch.rand(2, 8, 3, 16, 16)
-    for module in METHODS:
-        network = NETWORKS[module](tiny_encoder(), 4, 8, 6)
-        z1 = network(v1, v2)[0]
-        other = network(v1, 5 * v2)[0]  # the first view's embeddings depend on the second view's images through BN only
-        assert torch.allclose(z1, other, atol=1e-5) == (module is not simclr)
+def test_batchnorm_sees_both_views_in_simclr_only(method):
+    """SimCLR has one forward over both views; the others have one for each view."""
+    network, (v1, v2) = build(method), draw()
+    z1, with_other_v2 = network(v1, v2)[0], network(v1, 5 * v2)[0]
+    assert torch.allclose(z1, with_other_v2, atol=1e-5) == (method is not simclr)
 
 
-def test_byol_target_is_a_frozen_copy_that_gradients_never_reach():
-    torch.manual_seed(0)
-    network = byol.BYOL(tiny_encoder(), 4, 8, 6)
-    pairs = list(zip(network.target.parameters(), network.online.parameters()))
-    assert len(pairs) == len(list(network.online.parameters())) and all(torch.equal(t, o) for t, o in pairs)
-    assert not {id(t) for t, _ in pairs} & {id(o) for _, o in pairs}
+def test_byol_target_is_frozen_and_follows_ema_through_train_step():
+    """Without gradient, the average of the online weights with the decay of every step."""
+    network = build(byol)
     optimizer = byol.make_optimizer(network, 0.0)
-    before = [t.clone() for t, _ in pairs]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
-    p1, p2, target1, target2, _ = network(*torch.rand(2, 8, 3, 16, 16))
-    assert not target1.requires_grad and not target2.requires_grad
-    (byol.byol_loss(p1, target2) + byol.byol_loss(p2, target1)).backward()
-    assert all(t.grad is None for t, _ in pairs)
-    assert all(p.grad is not None for p in network.online.parameters())
-    assert all(p.grad is not None for p in network.predictor.parameters())
-    optimizer.step()
-    assert all(torch.equal(t, b) for (t, _), b in zip(pairs, before))
-    assert not all(torch.equal(t, o) for t, o in pairs)
+    expected = [p.detach().clone() for p in network.online.parameters()]
+    for ema in (0.5, 0.9, 0.99):
+        byol.train_step(network, optimizer, SCALER, *draw(), 0.1, ema)
+        online = zip(expected, network.online.parameters())
+        expected = [ema * e + (1 - ema) * p.detach() for e, p in online]
+    target = list(network.target.parameters())
+    assert not any(p.requires_grad for p in target)
+    torch.testing.assert_close(target, expected)
 
 
-def test_byol_target_follows_the_closed_form_over_training_steps():
-    torch.manual_seed(0)
-    network = byol.BYOL(tiny_encoder(), 4, 8, 6)
-    optimizer = byol.make_optimizer(network, 0.0)
-    expected = [p.detach().double().clone() for p in network.online.parameters()]
-    for step in range(6):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1
-        p1, p2, target1, target2, _ = network(*torch.rand(2, 8, 3, 16, 16))
-        (byol.byol_loss(p1, target2) + byol.byol_loss(p2, target1)).backward()
-        optimizer.step()
-        ema = byol.ema_at(step, 6, 0.9, "cosine")
-        byol.ema_update(network.target, network.online, ema)
-        expected = [ema * e + (1 - ema) * o.detach().double() for e, o in zip(expected, network.online.parameters())]
-    for target, e in zip(network.target.parameters(), expected):
-        torch.testing.assert_close(target.double(), e, rtol=1e-5, atol=1e-6)
-
-
-def test_byol_target_normalises_by_its_own_batch_not_by_running_statistics():
-    torch.manual_seed(0)
-    network = byol.BYOL(tiny_encoder(), 4, 8, 6)
-    v1, v2 = torch.rand(2, 8, 3, 16, 16)
-    before = network(v1, v2)[2]
+def test_byol_target_normalizes_by_its_own_batch():
+    """The target's running statistics are never used."""
+    network, views = build(byol), draw()
+    before = network(*views)[2]
     for buffer in network.target.buffers():
         buffer.fill_(3)
-    torch.testing.assert_close(network(v1, v2)[2], before)
+    torch.testing.assert_close(network(*views)[2], before)
 
 
-def test_byol_reports_variant_is_reached_by_flags():
-    """--projection-layers 0: online is the encoder and one MLP (the predictor), the target is the bare encoder."""
-    encoder = tiny_encoder()
-    network = byol.BYOL(encoder, 4, 8, 6, 0)
-    p1, _, target1, _, z1 = network(*torch.rand(2, 8, 3, 16, 16))
-    assert p1.shape == target1.shape == (8, 4) and len(network.online.projector) == 0
-    assert [type(m) for m in network.predictor] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
-    assert len(list(network.target.parameters())) == len(list(encoder.parameters()))
+class NoStopGradient(byol.BYOL):
+    def forward(self, v1, v2):
+        z1, z2 = self.online(v1), self.online(v2)
+        return self.predictor(z1), self.predictor(z2), z1, z2, z1
 
 
-@pytest.mark.parametrize("module", METHODS)
-def test_views_and_networks_are_one_graph(module):
-    """No host synchronisation and no shape that depends on data."""
-    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
-
-    every = module.View(crop=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2, blur_p=0.5,
-                        solarize_p=0.2, turn=10, shift=0.1, zoom=0.1, noise=0.1)  # fmt: skip
-    for views, size in (((every, every), 16), (module.AUGMENT["photo"], 12)):
-        v1, v2 = one_graph(lambda x: module.two_views(x, views, size, 0.5, 0.2))(images)
-        assert v1.shape == v2.shape == (16, 3, size, size)
-    network = NETWORKS[module](tiny_encoder(), 4, 8, 6)
-    for ours, theirs in zip(one_graph(network)(v1, v2), network(v1, v2)):
-        torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(one_graph(common.spread)(theirs), common.spread(theirs))
-
-
-# ---------------------------------------------------------------- collapse
-
-
-def train_byol(steps, predictor=True, stop_gradient=True):
-    """The spread of z after a short training on digits."""
-    torch.manual_seed(0)
+def spread_after_training(network_class=byol.BYOL, predictor=None):
+    """The spread of z after 60 steps of BYOL on digits."""
     images = common.load_images("digits").train
-    encoder, feature_dim = common.build_encoder("resnet18", 8, 8)
-    network = byol.BYOL(encoder, feature_dim, 64, 32)
-    if not predictor:
-        network.predictor = nn.Identity()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.2, momentum=0.9)
-    for step in range(steps):
-        v1, v2 = byol.two_views(images[torch.randint(len(images), (64,))], byol.AUGMENT["symbol"])
-        p1, p2, target1, target2, z1 = network(v1, v2)
-        if not stop_gradient:  # the targets are the online embeddings themselves, with their gradient
-            target1, target2 = z1, network.online(v2)
-        loss = byol.byol_loss(p1, target2) + byol.byol_loss(p2, target1)
-        optimizer.zero_grad()
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.BatchNorm1d(64), nn.ReLU())
+    network = network_class(encoder, 64, 64, 32)
+    network.predictor = predictor or network.predictor
+    optimizer = byol.make_optimizer(network, 0.0)
+    for _ in range(60):
+        batch = images[torch.randint(len(images), (64,))]
+        views = byol.two_views(batch, byol.AUGMENT["symbol"])
+        _, z1 = byol.train_step(network, optimizer, SCALER, *views, 0.2, 0.9)
+    return common.spread(z1).item()
+
+
+def test_byol_collapses_without_predictor_or_stop_gradient():
+    """The spread of the embeddings falls to less than half."""
+    healthy, no_stop = spread_after_training(), spread_after_training(NoStopGradient)
+    no_predictor = spread_after_training(predictor=nn.Identity())
+    assert healthy > 0.3 and max(no_predictor, no_stop) < 0.5 * healthy
+
+
+# ---------------------------------------------------------------- train_step
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+def test_train_step_equals_a_step_by_hand(method, amp_dtype):
+    """Forward under autocast, loss, backward and optimizer, with the learning rate of the step."""
+    network = build(method)
+    twin, values = copy.deepcopy(network), own(method)
+    optimizer, by_hand = (method.make_optimizer(n, 0.1) for n in (network, twin))
+    for lr in (0.1, 0.2):
+        v1, v2 = draw()
+        options = dict(values, amp_dtype=amp_dtype)
+        found, z1 = method.train_step(network, optimizer, SCALER, v1, v2, lr, **options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp_dtype is not None):
+            out = twin(v1, v2)
+        loss = LOSS[method.__name__](method, out, **values)
+        by_hand.zero_grad()
         loss.backward()
-        optimizer.step()
-        byol.ema_update(network.target, network.online, 0.9)
-    return float(common.spread(z1.detach()))
+        for group in by_hand.param_groups:
+            group["lr"] = lr
+        by_hand.step()
+        if method is byol:
+            byol.ema_update(twin.target, twin.online, **values)
+        torch.testing.assert_close(found, loss.detach())
+        assert len(z1) == 8 and not (found.requires_grad or z1.requires_grad)
+    torch.testing.assert_close(network.state_dict(), twin.state_dict())
 
 
-def test_without_predictor_or_stop_gradient_the_spread_falls():
-    healthy = train_byol(60)
-    assert healthy > 0.3
-    assert train_byol(60, predictor=False) < 0.5 * healthy
-    assert train_byol(60, stop_gradient=False) < 0.5 * healthy
+def test_augment_is_one_graph():
+    """Compiled with fullgraph, in every op: the host never waits."""
+    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
+    one_graph(lambda x: simclr.augment(x, VIEW, 12))(images)
 
 
-@pytest.mark.parametrize("module", METHODS)
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # by deepcopy, of the target
-def test_on_a_pretended_gpu(module, monkeypatch):
-    """Fake tensors compute nothing, and complain where one of a CPU meets one of a GPU or where the host asks for a value."""
+def test_network_and_spread_are_one_graph(method):
+    """Compiled with fullgraph: the host never waits."""
+    network, views = build(method), draw()
+    expected, found = network(*views), one_graph(network)(*views)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(one_graph(common.spread)(found[0]), common.spread(found[0]))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_train_step_on_fake_cuda_tensors(method, monkeypatch):
+    """Fake tensors refuse a mix of CPU and GPU, and a host that asks for a value."""
+    # BYOL copies the online network.
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
-    device = torch.device("cuda")
-    view = module.View(crop=(0.2, 1), flip_p=0.5, turn=10, shift=0.1, zoom=0.1, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2,
-                       blur_p=0.5, solarize_p=0.2, noise=0.1)  # fmt: skip
-    with FakeTensorMode():
-        images, orders = (
-            torch.zeros(64, 3, 36, 36, dtype=torch.uint8, device=device),
-            torch.randperm(64, device=device),
-        )
-        with device:
-            encoder, feature_dim = common.build_encoder("resnet10", 32, 16)
-            network = NETWORKS[module](encoder, feature_dim, 16, 12)
-        mean, std = (torch.tensor([0.1, 0.2, 0.3], device=device).view(3, 1, 1) for _ in range(2))
-        v1, v2 = module.two_views(next(common.take(images, orders.view(4, 16), device)), (view, view), 32, mean, std)
-        out = network(v1, v2)
-        if module is byol:
-            loss = byol.byol_loss(out[0], out[3]) + byol.byol_loss(out[1], out[2])
-            byol.ema_update(network.target, network.online, 0.99)
-        elif module is simclr:
-            loss = simclr.info_nce(*out, 0.5, common.gather(*out))
+    # Without a GPU, autograd refuses.
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    with FakeTensorMode(), torch.device("cuda"):
+        network = build(method, *common.build_encoder("resnet10", 32, 16))
+        optimizer = method.make_optimizer(network, 0.1)
+        images, mean = torch.zeros(16, 3, 36, 36, dtype=torch.uint8), torch.rand(3, 1, 1)
+        views = method.two_views(images, (VIEW, VIEW), 32, mean, mean)
+        loss, z1 = method.train_step(network, optimizer, SCALER, *views, 0.1, **own(method))
+        tensors = (*views, loss, z1, common.spread(z1))
+    assert {t.device.type for t in tensors} == {"cuda"} and views[0].shape == (16, 3, 32, 32)
+
+
+# ---------------------------------------------------------------- the loop never waits
+
+
+class NoReads(TorchFunctionMode):
+    """Refuses Python calls that read a tensor; most leave no operator on a CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        to_cpu = name == "to" and "cpu" in map(str, args[1:])
+        assert name not in READS and not to_cpu, f"the loop waits: Tensor.{name}"
+        return function(*args, **(kwargs or {}))
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses operators that wait, also inside of other operators and the optimizer."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not waits(function, args), f"the loop waits: {function}"
+        return function(*args, **(kwargs or {}))
+
+
+# test_gpu.py has PyTorch itself watch.
+WATCH = [NoReads, NoWaits]
+
+
+@pytest.fixture
+def watched_run(tiny, tmp_path, monkeypatch, small):
+    """watched_run(module, **changes): a tiny run that must not wait between log points."""
+    record, inside = common.Run.record, contextlib.ExitStack()
+
+    def watching(run, step, *rest):
+        device, (_, i) = run.device, divmod(step + 1, run.steps_per_epoch)
+        if i == 0:
+            inside.close()
         else:
-            loss = barlow_twins.barlow_twins_loss(*common.gather(*out)[:2], 0.005)
-        row = torch.stack([loss, common.spread(out[0]), torch.zeros((), device=device)])
-        features = common.embed(encoder, images, [0.1] * 3, [0.2] * 3, 32, torch.arange(3))
-        assert {t.device.type for t in (v1, v2, loss, row, features)} == {"cuda"}
-        assert v1.shape == (16, 3, 32, 32) and features.shape == (3, feature_dim)
+            # On a CPU every step is a log point.
+            run.device = SimpleNamespace(type="cuda")
+        record(run, step, *rest)
+        run.device = device
+        # The order of an epoch goes to the device before its first step.
+        if i == 1:
+            for watch in WATCH:
+                inside.enter_context(watch())
+
+    def run(module, **changes):
+        monkeypatch.setattr(common.Run, "record", watching)
+        with inside:
+            return module.main(module.Args(**tiny(run_dir=str(tmp_path / "run"), **changes)))
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_loop_never_waits_for_the_device(method, watched_run, monkeypatch, precision):
+    """Views, train_step and record read nothing from the device between log points."""
+    # Every op: gray images have no color ops, small ones no blur.
+    monkeypatch.setattr(method, "choose_views", lambda *args: [VIEW, VIEW])
+    watched_run(method, precision=precision)
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_loop_that_waits_is_caught(watched_run, monkeypatch, name):
+    """The test above fails where the loss waits."""
+    loss = simclr.info_nce
+
+    def waiting_loss(z1, z2, temperature):
+        WAITING[name](z1)
+        return loss(z1, z2, temperature)
+
+    monkeypatch.setattr(simclr, "info_nce", waiting_loss)
+    with pytest.raises(AssertionError, match="the loop waits"):
+        watched_run(simclr)
+
+
+# ---------------------------------------------------------------- a reader's changes
+
+
+class LARS(torch.optim.SGD):
+    """The gradient of each tensor is scaled by norm(weights) / norm(gradient), at most 1."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad *= (p.norm() / (p.grad.norm() + 1e-9)).clamp(max=1)
+        super().step()
+
+
+@pytest.fixture
+def resumed(tiny, small, tmp_path, monkeypatch):
+    """resumed(module): the folder of a stopped and resumed run; the bytes are a whole run's."""
+
+    def run(module, name):
+        folder = str(tmp_path / name)
+        return module.main(module.Args(**tiny(run_dir=folder, resume=True)))
+
+    def check(module):
+        whole, rate = run(module, "whole"), module.learning_rate
+
+        def stopping(step, *rest):
+            if step == 4:
+                signal.raise_signal(signal.SIGTERM)
+            return rate(step, *rest)
+
+        monkeypatch.setattr(module, "learning_rate", stopping)
+        with pytest.raises(SystemExit, match="143"):
+            run(module, "stopped")
+        stopped = run(module, "stopped")
+        for name in ("embeddings.npz", "encoder.pt"):
+            assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
+        return stopped
+
+    return check
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, functools.partial(LARS, momentum=0.9)])
+def test_another_optimizer_trains_and_resumes(resumed, monkeypatch, optimizer):
+    """Any optimizer in the place of make_optimizer's."""
+    monkeypatch.setattr(
+        simclr, "make_optimizer", lambda network, _: optimizer(network.parameters())
+    )
+    resumed(simclr)
+
+
+def test_another_encoder_trains_resumes_and_is_named(method, resumed):
+    """Any encoder in the place of build_encoder's; load_encoder says why it cannot build it."""
+    path = resumed(method) / "encoder.pt"
+    content = torch.load(path)
+    Small().load_state_dict(content["state_dict"])
+    assert content["encoder"] == "Small"
+    with pytest.raises(common.UserError, match="holds Small, which is not") as error:
+        common.load_encoder(path)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_encoder_is_a_user_error(method, tiny):
+    """In Python, too, a misspelled name gives one line."""
+    with pytest.raises(common.UserError, match="--encoder vit must be one of resnet10"):
+        method.main(method.Args(**tiny(encoder="vit")))
