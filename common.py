@@ -181,7 +181,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         out = x.new_empty(WORLD_SIZE * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
+        dist.all_gather(list(out.chunk(WORLD_SIZE)), x.contiguous())
         return out
 
     @staticmethod
