@@ -26,7 +26,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from sklearn.model_selection import train_test_split
 from tyro.conf import Positional
 
@@ -78,7 +77,8 @@ def first_of_each_class(source, folder, most=1000):
 
 def hold_out(args, path):
     """Write the training images as an .npz file with --holdout of each class as its test images."""
-    images = common.load_images(args.data, args.data_dir)
+    dataset = "folder" if args.data == "cifar10_jpeg" else args.data
+    images = common.load_images(dataset, args.data_dir)
     labels, n = images.train_labels.numpy(), args.holdout * len(images.class_names)
     split = train_test_split(np.arange(len(labels)), test_size=n, stratify=labels, random_state=0)
     arrays = {}
@@ -106,9 +106,8 @@ def record(args, name, seed, knn, **more):
     with open(args.output, "a") as file:
         file.write(json.dumps(line) + "\n")
     to_100 = [accuracy for k, accuracy in line["accuracy"].items() if k <= 100]
-    print(
-        f"{args.data} {name} seed {seed}: mean to 100 = {100 * np.mean(to_100):.2f} %", flush=True
-    )
+    shown = f"{args.data} {name} seed {seed}: mean to 100 = {100 * np.mean(to_100):.2f} %"
+    print(shown, flush=True)
 
 
 def processor_name():
@@ -126,6 +125,7 @@ def main(args):
         args.data_dir = place.name
     source = [] if args.data == "digits" else ["--data-dir", args.data_dir]
     if args.holdout:
+        common.check(source, "--holdout trains with the recipe of npz, which does not fit digits")
         hold_out(args, f"{place.name}/heldout.npz")
         source = ["--dataset", "npz", "--data-dir", f"{place.name}/heldout.npz"]
     for n, (seed, name) in enumerate(itertools.product(args.seeds, ("untrained", *args.methods))):
@@ -135,10 +135,8 @@ def main(args):
             seconds = run(script, *flags, *source, "--run-dir", folder + "/run")
             run("knn_eval.py", folder + "/run", "--output", folder + "/knn", "--pixels")
             config = json.loads(Path(folder, "run/args.json").read_text())
-            pixels, knn = (
-                json.loads(next(Path(folder, "knn").glob(pattern)).read_text())
-                for pattern in ("pixels*knn.json", "[!p]*knn.json")
-            )
+            names = ("pixels-knn.json", "knn.json")
+            pixels, knn = (json.loads(Path(folder, "knn", name).read_text()) for name in names)
         if n == 0:
             record(args, "pixels", None, pixels)
         facts = {key: config[key] for key in ("versions", "commit", "device")}
@@ -147,4 +145,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.cli(Args, main)

@@ -69,11 +69,8 @@ def links(folder, files, root):
 
 def decoding(root, size, blocks, place):
     """Decoding of 2,000 files of a folder against Pillow in one thread, per core."""
-    files, part, cache = (
-        sorted(Path(root).rglob("*.jpg")),
-        Path(place, "part"),
-        Path(place, "cache"),
-    )
+    files = sorted(Path(root).rglob("*.jpg"))
+    part, cache = Path(place, "part"), Path(place, "cache")
     links(part, files[:: max(1, len(files) // 2000)], root)
     files, cores = sorted(part.rglob("*.jpg")), os.cpu_count()
     side = common.load_images("folder", part, size, cache).train.shape[3]
@@ -87,7 +84,7 @@ def decoding(root, size, blocks, place):
             common.read_image(file, side)
 
     found = compare(pillow, ours, blocks)
-    for key in ("ratio", "lowest", "highest"):
+    for key in ("ratio", "low", "high", "lowest", "highest"):
         found[key] = round(found[key] / cores, 3)
     found |= dict(files=len(files), side=side, cores=cores)
     found["images_per_second_and_core"] = round(len(files) / seconds(ours) / cores)
