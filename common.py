@@ -713,7 +713,7 @@ class Run:
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
         # Sums of loss and spread over the steps of the epoch, on the device.
         self.totals = torch.zeros(2, device=self.device)
-        # Recognizes the training images on resume, whatever the decoder's last bits.
+        # Recognizes the training images on resume; decoders differ in the last bits.
         self.seen = torch.stack([torch.full_like(images.mean, n), images.mean, images.std]).cpu()
         self.stop_signal = 0
 
@@ -998,5 +998,5 @@ class Tracker:
         self._try(self._log, record)
 
     def finish(self):
-        """Upload what is left and end the W&B run."""
+        """Upload the remaining data and end the W&B run."""
         self._try(lambda: self.run.finish())
