@@ -357,7 +357,7 @@ WATCH = [NoReads, NoWaits]
 
 
 @pytest.fixture
-def watched_run(tiny, tmp_path, monkeypatch, small):
+def watched_run(tiny, monkeypatch, small):
     """watched_run(module, **changes): a tiny run that must not wait between log points."""
     record, inside = common.Run.record, contextlib.ExitStack()
 
@@ -378,7 +378,7 @@ def watched_run(tiny, tmp_path, monkeypatch, small):
     def run(module, **changes):
         monkeypatch.setattr(common.Run, "record", watching)
         with inside:
-            return module.main(module.Args(**tiny(run_dir=str(tmp_path / "run"), **changes)))
+            return module.main(module.Args(**tiny(**changes)))
 
     return run
 
@@ -419,31 +419,34 @@ class LARS(torch.optim.SGD):
         super().step()
 
 
+def stop_in_second_epoch(monkeypatch, module):
+    """SIGTERM during step 4, at which a resumed run no longer arrives."""
+    rate = module.learning_rate
+
+    def stopping(step, *rest):
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return rate(step, *rest)
+
+    monkeypatch.setattr(module, "learning_rate", stopping)
+
+
 @pytest.fixture
-def resumed(tiny, small, tmp_path, monkeypatch):
+def resumed(tiny, small, monkeypatch):
     """resumed(module): the folder of a stopped and resumed run; the bytes are a whole run's."""
 
-    def run(module, name):
-        folder = str(tmp_path / name)
-        return module.main(module.Args(**tiny(run_dir=folder, resume=True)))
-
-    def check(module):
-        whole, rate = run(module, "whole"), module.learning_rate
-
-        def stopping(step, *rest):
-            if step == 4:
-                signal.raise_signal(signal.SIGTERM)
-            return rate(step, *rest)
-
-        monkeypatch.setattr(module, "learning_rate", stopping)
+    def run(module, **changes):
+        args = [module.Args(**tiny(run_dir=name, resume=True, **changes)) for name in "ab"]
+        whole = module.main(args[0])
+        stop_in_second_epoch(monkeypatch, module)
         with pytest.raises(SystemExit, match="143"):
-            run(module, "stopped")
-        stopped = run(module, "stopped")
+            module.main(args[1])
+        folder = module.main(args[1])
         for name in ("embeddings.npz", "encoder.pt"):
-            assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
-        return stopped
+            assert (whole / name).read_bytes() == (folder / name).read_bytes(), name
+        return folder
 
-    return check
+    return run
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, functools.partial(LARS, momentum=0.9)])
