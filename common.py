@@ -349,7 +349,8 @@ def _npz(dataset, path):
         check(x.dtype == np.uint8 and fits, f"{form}, not {x.dtype} {list(x.shape)}")
         y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
         form = f"{str(path)!r}: {part}_labels must be {len(x)} integers, -1 for unlabelled"
-        check(y.dtype.kind in "iu" and len(y) == len(x), f"{form}, not {y.dtype} {list(y.shape)}")
+        fits = y.dtype.kind in "iu" and len(y) == len(x) and y.min(initial=0) >= -1
+        check(fits, f"{form}, not {y.dtype} {list(y.shape)}")
         images.append(x)
         labels.append(y.astype(np.int64))
     classes = 1 + max(y.max(initial=-1) for y in labels)
@@ -411,7 +412,8 @@ def _decode_folder(root, names, image_size, cache_dir):
     usual = int(np.median(sides or [224]))
     image_size = image_size or min(224, usual)
     side = max(image_size, min(image_size * 8 // 7, usual))
-    stats = [os.stat(root / name) for name in names]
+    with user_errors("cannot read an image; fix or delete it", OSError):
+        stats = [os.stat(root / name) for name in names]
     facts = [side, names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.npy"
@@ -748,9 +750,6 @@ class Run:
                 self.lock.acquire(timeout=0)
             except filelock.Timeout:
                 raise UserError(f"--run-dir {str(self.dir)!r} is in use by another run") from None
-            except NotImplementedError:
-                # A file system without locks.
-                pass
         path = self.dir / "args.json"
         if not self.args.resume or not path.exists():
             return {}
