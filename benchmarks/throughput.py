@@ -16,8 +16,9 @@ A sample is one image, two views. The contenders of a method:
 - again: step once more, which shows the noise.
 
 All are warmed up, then take turns in one process in the order A B C C B A: a block, which gives one
-ratio of each pair. Reported: geometric mean and 95 % t-interval over the blocks. lightly is not in
-requirements.txt: install it, or use --no-lightly.
+ratio of each pair. Batches that lightly's workers made before a turn are not counted. Reported:
+geometric mean and 95 % t-interval over the blocks. lightly is not in requirements.txt: install it,
+or use --no-lightly.
 """
 
 import importlib
@@ -78,6 +79,9 @@ class Args:
 
 class Step:
     """The steps of a method file's main, without its run folder."""
+
+    # untimed steps at the start of a turn
+    lead = 0
 
     def __init__(self, method, args, images, fresh_views=True, train=True):
         self.module = importlib.import_module(method)
@@ -149,6 +153,8 @@ class Lightly(Step):
         dataset = PilImages(images, BYOLTransform(*transforms))
         loader = torch.utils.data.DataLoader(dataset, self.args.batch_size, **more)
         self.batches = (batch for _ in iter(int, 1) for batch in loader)
+        # The batches that a DataLoader makes ahead of a turn.
+        self.lead = 2 * workers
         self.method, self.layout = method, torch.channels_last
         if not tuned:
             self.layout = torch.contiguous_format
@@ -183,14 +189,16 @@ class Lightly(Step):
 
 def timed(contender, steps):
     """Seconds of some steps, with the device idle before and after."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    contender.run(contender.lead)
+    synchronize()
     start = time.perf_counter()
     contender.run(steps)
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    synchronize()
+    seconds = time.perf_counter() - start
+    # The workers of a DataLoader fill their queue again before the next contender's turn.
+    time.sleep(contender.lead * seconds / steps)
+    return seconds
 
 
 def interval(ratios):
@@ -231,7 +239,7 @@ def measure(method, args, images):
     contenders = contenders_of(method, args, images)
     steps, rates = {}, {name: [] for name in contenders}
     for name, contender in contenders.items():
-        timed(contender, args.warmup)
+        timed(contender, max(1, args.warmup))
         steps[name] = max(1, math.ceil(args.seconds / timed(contender, 1)))
     for block in range(args.blocks):
         print(f"{method}: block {block + 1} of {args.blocks}", file=sys.stderr, flush=True)

@@ -105,7 +105,7 @@ def test_shared_flags_have_the_same_name_order_type_and_help():
 def test_main_differs_in_a_few_lines(other):
     """main is the same but for the method's name, check, network and arguments."""
     diff = difflib.ndiff(SOURCES[0]["main"], SOURCES[other]["main"])
-    assert 0 < sum(line[0] == "+" for line in diff) <= 12, f"change main in all of {METHODS}"
+    assert 0 < sum(line[0] == "+" for line in diff) <= 16, f"change main in all of {METHODS}"
 
 
 def test_recipes_fill_every_unset_flag(method):
