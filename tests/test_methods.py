@@ -319,10 +319,11 @@ def test_train_step_on_fake_cuda_tensors(method, monkeypatch):
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
     # Without a GPU, autograd refuses.
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
-    with FakeTensorMode(), torch.device("cuda"):
-        network = build(method, *common.build_encoder("resnet10", 32, 16))
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            network = build(method, *common.build_encoder("resnet10", 32, 16))
+            images, mean = torch.zeros(16, 3, 36, 36, dtype=torch.uint8), torch.rand(3, 1, 1)
         optimizer = method.make_optimizer(network, 0.1)
-        images, mean = torch.zeros(16, 3, 36, 36, dtype=torch.uint8), torch.rand(3, 1, 1)
         views = method.two_views(images, (VIEW, VIEW), 32, mean, mean)
         loss, z1 = method.train_step(network, optimizer, SCALER, *views, 0.1, **own(method))
         tensors = (*views, loss, z1, common.spread(z1))
