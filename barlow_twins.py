@@ -76,7 +76,7 @@ class Args:
     batch_size: int | None = None
     """global batch size in images"""
     lr: float | None = None
-    """peak learning rate"""
+    """peak learning rate (unset: the recipe's, scaled linearly with --batch-size)"""
     weight_decay: float | None = None
     """weight decay, not applied to biases and norms"""
     warmup_epochs: float | None = None

@@ -49,11 +49,7 @@ SILENT = True if RANK else None
 
 
 class UserError(Exception):
-    """A mistake the user can fix, printed without a traceback. `status` is the exit status."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
+    """A mistake the user can fix, printed without a traceback."""
 
 
 def check(condition, message):
@@ -68,14 +64,14 @@ def one_line(error):
 
 
 @contextmanager
-def user_errors(message, types=Exception, status=2):
+def user_errors(message, types=Exception):
     """Turn exceptions of these types inside the block into UserError("message (reason)")."""
     try:
         yield
     except UserError:
         raise
     except types as error:
-        raise UserError(f"{message} ({one_line(error)})", status) from error
+        raise UserError(f"{message} ({one_line(error)})") from error
 
 
 def cli(args_class, main, recipes=None):
@@ -99,7 +95,7 @@ def cli(args_class, main, recipes=None):
             time.sleep(5)
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        sys.exit(error.status)
+        sys.exit(2)
 
 
 def resolve(args, recipes):
@@ -109,26 +105,26 @@ def resolve(args, recipes):
         choices = [c for part in (hint, *get_args(hint)) for c in get_args(part)]
         value, known = getattr(args, key), ", ".join(c for c in choices if isinstance(c, str))
         check(not known or value in (None, *choices), f"--{key} {value} must be one of {known}")
-    for key, value in recipes[args.dataset].items():
+    recipe = recipes[args.dataset]
+    if args.lr is None and args.batch_size:
+        # Linear scaling rule (Goyal et al. 2017, arXiv:1706.02677).
+        args = replace(args, lr=recipe["lr"] * args.batch_size / recipe["batch_size"])
+    for key, value in recipe.items():
         if getattr(args, key) in (None, "auto"):
             args = replace(args, **{key: value})
     if args.epochs <= args.warmup_epochs:
         args = replace(args, warmup_epochs=args.epochs / 10)
 
     # Below 16 channels, oneDNN's backward of strided 1x1 convolutions corrupts memory (its #6035).
-    least = dict(
-        seed=0, width=16, projection_layers=0, epochs=0, batch_size=2, lr=0, weight_decay=0
-    )
-    least |= dict(warmup_epochs=0, eval_every=0, knn_k=1, checkpoint_every=1)
-    for key, low in least.items():
+    least = dict(width=16, batch_size=2 * WORLD_SIZE)
+    least |= dict.fromkeys("hidden_dim projection_dim knn_k checkpoint_every".split(), 1)
+    zeros = "seed projection_layers epochs lr weight_decay warmup_epochs eval_every"
+    for key, low in (least | dict.fromkeys(zeros.split(), 0)).items():
         value = getattr(args, key)
         check(low <= value < math.inf, f"--{key.replace('_', '-')} {value} must be at least {low}")
     message = f"--batch-size {args.batch_size} is global; it must be a multiple of {WORLD_SIZE}"
     check(args.batch_size % WORLD_SIZE == 0, f"{message}, the number of processes")
     check(args.run_dir or not args.resume, "--resume needs --run-dir, the folder of the run")
-    if args.run_dir and not args.resume and RANK == 0:
-        held = [n for n in ("checkpoint.pt", "embeddings.npz") if Path(args.run_dir, n).exists()]
-        check(not held, f"--run-dir {args.run_dir!r} holds a run; add --resume or name another")
     return args
 
 
@@ -344,7 +340,7 @@ def _npz(dataset, path):
     arrays = read_npz(path, ["train_images"], ["train_labels", "test_images", "test_labels"])
     images, labels = [], []
     for part in ("train", "test"):
-        x = arrays.get(f"{part}_images", arrays["train_images"][:0])
+        x = arrays.get(f"{part}_images", np.empty((0, 1, 1), np.uint8))
         fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3))
         form = f"{str(path)!r}: {part}_images must be uint8 [N, H, W] or [N, H, W, 3]"
         check(x.dtype == np.uint8 and fits, f"{form}, not {x.dtype} {list(x.shape)}")
@@ -418,16 +414,17 @@ def _decode_folder(root, names, image_size, cache_dir):
     facts = [side, names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.npy"
-    with user_errors(f"cannot use --cache-dir {str(cache_dir)!r}", OSError):
+    with user_errors(f"cannot use {str(path)!r} in --cache-dir", (OSError, ValueError)):
         cache_dir.mkdir(parents=True, exist_ok=True)
         # Other runs and ranks wait for the file.
         with filelock.FileLock(f"{path}.lock"):
             if not path.exists():
                 _decode(root, names, side, path)
+        images = np.load(path, mmap_mode="r")
     with warnings.catch_warnings():
         # PyTorch warns that the mapped file is read-only; nothing writes to it.
         warnings.simplefilter("ignore")
-        return torch.from_numpy(np.load(path, mmap_mode="r")), image_size
+        return torch.from_numpy(images), image_size
 
 
 def _decode(root, names, side, path):
@@ -594,8 +591,7 @@ def embed(encoder, images, part, labelled_only=False):
         features.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float())
     encoder.train(was_training)
     features = torch.cat(features)
-    if not torch.isfinite(features).all():
-        raise UserError("the features are not finite; a lower --lr may help", status=1)
+    check(torch.isfinite(features).all(), "the features are not finite; a lower --lr may help")
     return features, labels[rows.cpu()]
 
 
@@ -629,7 +625,7 @@ def atomic_write(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with user_errors(f"cannot write {str(path)!r}", OSError, status=1):
+        with user_errors(f"cannot write {str(path)!r}", OSError):
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
@@ -706,8 +702,6 @@ class Run:
         self.architecture = getattr(encoder, "architecture", other)
         self.args = args = replace(args, image_size=images.size, **self.architecture)
         self.state = dict(network=network, optimizer=optimizer, scaler=scaler)
-        self.facts = dict(method=method, optimizer=type(optimizer).__name__)
-        self.facts["views"] = [vars(view) for view in views]
         n, self.device = len(images.train), images.mean.device
         self.steps_per_epoch = n // args.batch_size
         message = f"--batch-size {args.batch_size} is more than the {n} training images"
@@ -716,32 +710,25 @@ class Run:
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
         # Sums of loss and spread over the steps of the epoch, on the device.
         self.totals = torch.zeros(2, device=self.device)
-        # Recognizes the training images on resume; decoders differ in the last bits.
-        self.seen = torch.stack([torch.full_like(images.mean, n), images.mean, images.std]).cpu()
         self.stop_signal = 0
+        # What a resumed run must have in common with its first start.
+        views = [vars(view) for view in views]
+        self.facts = dict(method=method, optimizer=type(optimizer).__name__, images=n, views=views)
+        self.facts |= {k: v for k, v in asdict(args).items() if k not in self.MAY_CHANGE}
 
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(broadcast(args.run_dir or f"runs/{name}"))
-        checkpoint, path = None, self.dir / "checkpoint.pt"
-        if RANK == 0:
-            before = self._lock()
-            checkpoint = load_torch(path) if path.exists() else None
-        checkpoint = broadcast(checkpoint)
+        checkpoint = broadcast(None if RANK else self._open())
+        self.wandb_id = os.urandom(4).hex()
         if checkpoint:
+            path = self.dir / "checkpoint.pt"
             with user_errors(f"{str(path)!r} does not fit this run; name another --run-dir"):
-                same = torch.allclose(checkpoint["seen"], self.seen, rtol=0, atol=1e-3)
-                check(same, f"cannot resume {str(self.dir)!r}: the training images have changed")
-                self.first_step = checkpoint["step"]
-                self.totals.copy_(checkpoint["totals"])
-                for name, module in self.state.items():
-                    # The scaler's state is empty if the run was not in fp16 before.
-                    if checkpoint[name]:
-                        module.load_state_dict(checkpoint[name])
+                self._resume(checkpoint)
         if RANK == 0:
-            self._start(before)
+            self._start()
 
-    def _lock(self):
-        """Create and lock the folder; return the args.json of the run to resume, or {}."""
+    def _open(self):
+        """Create and lock the folder; return its checkpoint, or None."""
         with user_errors(f"cannot write to --run-dir {str(self.dir)!r}", OSError):
             self.dir.mkdir(parents=True, exist_ok=True)
             if Run.lock:
@@ -751,20 +738,25 @@ class Run:
                 self.lock.acquire(timeout=0)
             except filelock.Timeout:
                 raise UserError(f"--run-dir {str(self.dir)!r} is in use by another run") from None
-        path = self.dir / "args.json"
-        if not self.args.resume or not path.exists():
-            return {}
-        with user_errors(f"cannot read {str(path)!r}"):
-            before = json.loads(path.read_text())
-            old = {**before, **before["args"]}
-        # Tuples are lists in JSON.
-        for key, value in json.loads(json.dumps({**self.facts, **asdict(self.args)})).items():
-            same = key in self.MAY_CHANGE or old.get(key) == value
-            change = f"{key} was {old.get(key)} and is {value}"
-            check(same, f"cannot resume {str(self.dir)!r}: {change}")
-        return before
+        path = self.dir / "checkpoint.pt"
+        holds_run = path.exists() or (self.dir / "embeddings.npz").exists()
+        message = f"--run-dir {str(self.dir)!r} holds a run; add --resume or name another"
+        check(self.args.resume or not holds_run, message)
+        return load_torch(path) if path.exists() else None
 
-    def _start(self, before):
+    def _resume(self, checkpoint):
+        for key, value in self.facts.items():
+            old = checkpoint["facts"].get(key)
+            message = f"cannot resume {str(self.dir)!r}: {key} was {old} and is {value}"
+            check(old == value, message)
+        self.first_step, self.wandb_id = checkpoint["step"], checkpoint["wandb_id"]
+        self.totals.copy_(checkpoint["totals"])
+        for name, module in self.state.items():
+            # The scaler's state is empty if the run was not in fp16 before.
+            if checkpoint[name]:
+                module.load_state_dict(checkpoint[name])
+
+    def _start(self):
         """Drop log lines after the checkpoint, write args.json, start Weights & Biases."""
         self.log_path = self.dir / "log.jsonl"
         lines = self.log_path.read_text().splitlines(True) if self.log_path.exists() else []
@@ -773,16 +765,15 @@ class Run:
             file.write("".join(kept).encode())
         versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
         cuda = self.device.type == "cuda"
-        wandb_id = before.get("wandb_id") or os.urandom(4).hex()
         config = dict(
-            self.facts,
+            method=self.method,
             args=asdict(self.args),
             device=torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             processes=WORLD_SIZE,
             versions=dict(versions, python=sys.version.split()[0]),
             command=shlex.join(sys.argv),
             commit=git_commit(),
-            wandb_id=wandb_id,
+            wandb_id=self.wandb_id,
         )
         with atomic_write(self.dir / "args.json") as file:
             file.write(json.dumps(config, indent=2).encode())
@@ -790,7 +781,7 @@ class Run:
         print("  " + "  ".join(f"{k}={v}" for k, v in config["args"].items() if v is not None))
         group = f"{self.method}-{self.args.dataset}"
         self.tracker = Tracker(
-            self.args, self.dir, name=self.dir.name, group=group, config=config, id=wandb_id
+            self.args, self.dir, name=self.dir.name, group=group, config=config, id=self.wandb_id
         )
 
     def draw_views(self, draw):
@@ -828,12 +819,13 @@ class Run:
         self.bar = tqdm(total=self.steps, initial=first, unit="step", disable=SILENT)
         try:
             yield from enumerate(batches(train, self.args, first, self.device), first)
+            if self.stop_signal and WORLD_SIZE == 1:
+                # The signal came during the last evaluation.
+                self._stop(self.stop_signal)
         finally:
             self.bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if RANK == 0:
-                self.lock.release()
 
     def record(self, step, loss, z, lr):
         """Count a step; log, evaluate, save when due; stop when asked to. UserError on NaN.
@@ -869,9 +861,8 @@ class Run:
         return int(asked)
 
     def _check_finite(self, tensor, message):
-        kept = "the last checkpoint is kept" if (self.dir / "checkpoint.pt").exists() else ""
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{message}; a lower --lr may help; {kept}".rstrip("; "), status=1)
+        kept = "; the last checkpoint is kept" if (self.dir / "checkpoint.pt").exists() else ""
+        check(torch.isfinite(tensor).all(), f"{message}; a lower --lr may help{kept}")
 
     def _log_epoch(self, epoch, step, lr):
         loss, spread = (self.totals / self.steps_per_epoch).tolist()
@@ -893,7 +884,7 @@ class Run:
 
     def _log(self, record):
         """Append a record to log.jsonl, print it, and send it to Weights & Biases."""
-        with user_errors(f"cannot write {str(self.log_path)!r}", OSError, status=1):
+        with user_errors(f"cannot write {str(self.log_path)!r}", OSError):
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
         shown = [key for key in ("epoch", "loss", "samples_per_sec", "knn_acc") if key in record]
@@ -908,8 +899,8 @@ class Run:
         state = {name: module.state_dict() for name, module in self.state.items()}
         for value in state["network"].values():
             self._check_finite(value, f"the weights are not finite after step {step}")
-        state |= dict(step=step + 1, totals=self.totals)
-        save_torch(self.dir / "checkpoint.pt", dict(state, seen=self.seen))
+        state |= dict(step=step + 1, totals=self.totals, facts=self.facts, wandb_id=self.wandb_id)
+        save_torch(self.dir / "checkpoint.pt", state)
 
     def _stop(self, number):
         """Exit with 130 after Ctrl-C, 143 after SIGTERM; the checkpoint is written."""
@@ -921,6 +912,7 @@ class Run:
             where = shlex.quote(str(self.dir))
             hint = f"add --run-dir {where} --resume to the same command"
             print(f"stopped; to resume, {hint}", file=sys.stderr)
+            self.lock.release()
         sys.exit(128 + number)
 
     def finish(self):
@@ -953,6 +945,7 @@ class Run:
         draw_curves(self.dir / "curves.png", records)
         self.tracker.log({name: self.dir / f"{name}.png" for name in ("curves", "views")})
         self.tracker.finish()
+        self.lock.release()
         print(f"wrote {self.dir}; next: python knn_eval.py {shlex.quote(str(self.dir))} --pixels")
         return self.dir
 

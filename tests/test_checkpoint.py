@@ -277,15 +277,16 @@ def test_resume_in_another_precision(stopped, train, folder, monkeypatch, precis
         (simclr, dict(lr=0.06), ["lr was 0.05 and is 0.06"]),
         (simclr, dict(image_size=16), ["image_size was 8 and is 16"]),
         (byol, {}, ["method was simclr and is byol"]),
-        (simclr, dict(data_dir="negative.npz"), ["training images have changed"]),
+        (simclr, dict(data_dir="fewer.npz"), ["images was 96 and is 95"]),
     ],
 )
 def test_resume_refuses_another_run(
     refused, tiny, tiny_npz, finished, folder, module, changes, says
 ):
-    """Other arguments, another method and other images of the same number are refused."""
+    """Other arguments, another method and another number of images are refused."""
     arrays = dict(np.load(tiny_npz))
-    np.savez("negative.npz", **arrays | dict(train_images=255 - arrays["train_images"]))
+    arrays |= {name: arrays[name][1:] for name in ("train_images", "train_labels")}
+    np.savez("fewer.npz", **arrays)
     shutil.copytree(finished("simclr"), folder)
     refused(module, *flags(**tiny(**{"run_dir": folder, "resume": True, **changes})), says=says)
 
@@ -319,18 +320,52 @@ def test_damaged_checkpoint_is_refused(refused, tiny, finished, folder, name):
     refused(simclr, *flags(**tiny(run_dir=folder, resume=True)), says=["checkpoint.pt"])
 
 
-def test_checkpoint_of_another_network_is_refused(refused, tiny, finished, folder):
-    """A checkpoint whose weights do not fit is one error line."""
+def test_checkpoint_of_another_network_is_refused(
+    refused, tiny, finished, folder, tmp_path, monkeypatch
+):
+    """A checkpoint whose weights do not fit, after an edit of the network, is one error line."""
     shutil.copytree(finished("simclr"), folder)
-    shutil.copy(finished("byol") / "checkpoint.pt", folder)
-    refused(simclr, *flags(**tiny(run_dir=folder, resume=True)), says=["does not fit this run"])
+    monkeypatch.setattr(simclr, "mlp", lambda *args: torch.nn.Linear(128, 16))
+    says = ["does not fit this run"]
+    refused(simclr, *flags(**tiny(run_dir=folder, resume=True)), says=says)
 
 
-def test_truncated_args_json_is_refused(refused, tiny, finished, folder):
-    """A damaged args.json is one error line."""
-    shutil.copytree(finished("simclr"), folder)
-    (folder / "args.json").write_text("{")
-    refused(simclr, *flags(**tiny(run_dir=folder, resume=True)), says=["args.json"])
+def test_mistake_before_the_first_checkpoint(train, tiny, folder, monkeypatch):
+    """A run without a checkpoint can be started again with other flags."""
+    at_step(monkeypatch, 1, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(resume=True, lr=50)
+    monkeypatch.undo()
+    assert train(resume=True, epochs=1).status == 0
+
+
+def test_ctrl_c_during_the_last_evaluation(train, folder, finished, monkeypatch):
+    """A signal after the last step ends the run with 130; resuming writes the results."""
+    with monkeypatch.context() as patch:
+        monitor = lambda *args: signal.raise_signal(signal.SIGINT) or {}  # noqa: E731
+        patch.setattr(common, "knn_monitor", monitor)
+        assert train().status == 130
+    assert read_checkpoint(folder)["step"] == 9 and not (folder / "embeddings.npz").exists()
+    assert train(resume=True).status == 0
+    assert outcome(folder)[0] == outcome(finished("simclr"))[0]
+
+
+def test_run_dir_is_locked_until_the_results_are_written(train, tiny, folder, monkeypatch):
+    """A second start with --resume while embeddings.npz is written is refused."""
+    seen = []
+    embed = common.embed
+
+    def embedding(*args, **options):
+        lock = filelock.FileLock(folder / ".lock")
+        with pytest.raises(filelock.Timeout):
+            lock.acquire(timeout=0)
+        seen.append(1)
+        return embed(*args, **options)
+
+    monkeypatch.setattr(common, "embed", embedding)
+    assert train(epochs=1).status == 0 and len(seen) == 4
+    with filelock.FileLock(folder / ".lock", timeout=0):
+        pass
 
 
 @pytest.mark.parametrize("name", ["truncated", "flipped", "text", "code", "zipped code", "list"])
@@ -379,8 +414,8 @@ def test_run_dir_is_free_after_an_exception(train, tiny, folder, finished, monke
 
 
 def one_error(result, *says):
-    """Exit status 1 and one line with these words."""
-    assert result.status == 1 and result.err.startswith("error: "), result
+    """Exit status 2 and one line with these words."""
+    assert result.status == 2 and result.err.startswith("error: "), result
     assert len(result.err.splitlines()) == 1 and all(word in result.err for word in says), result
 
 
@@ -418,7 +453,7 @@ def test_file_size_limit_keeps_the_checkpoint(stopped, train, tiny, folder, fini
     command = shlex.join([sys.executable, str(ROOT / "simclr.py"), *words])
     limited = ["bash", "-c", f"ulimit -f 1000; {command}"]
     done = subprocess.run(limited, capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
     assert done.stderr.startswith("error: cannot write") and "checkpoint.pt" in done.stderr
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert train(resume=True).status == 0

@@ -57,6 +57,8 @@ def snapshot(root):
         ("simclr", dict(width=8), "--width 8"),
         ("simclr", dict(image_size=2), "--image-size 2"),
         ("simclr", dict(projection_layers=-1), "--projection-layers -1"),
+        ("simclr", dict(hidden_dim=0), "--hidden-dim 0"),
+        ("simclr", dict(projection_dim=0), "--projection-dim 0"),
         ("simclr", dict(eval_every=-1), "--eval-every -1"),
         ("simclr", dict(checkpoint_every=0), "--checkpoint-every 0"),
         ("simclr", dict(knn_k=0), "--knn-k 0"),

@@ -32,10 +32,11 @@ def train(module):
     )
     encoder, feature_dim = common.build_encoder("resnet10", 8, 16)
     network = network_class(encoder, feature_dim, 16, 10).double().eval()
-    parameters = list(inspect.signature(module.train_step).parameters)
+    recipe, parameters = module.RECIPES["digits"], inspect.signature(module.train_step).parameters
     # temperature, ema or lambd
-    value = module.RECIPES["digits"][parameters[6]]
-    gather = dict(gather=common.gather) if "gather" in parameters else {}
+    options = {name: recipe[name] for name in parameters if name in recipe and name != "lr"}
+    if "gather" in parameters:
+        options["gather"] = common.gather
     optimizer = module.make_optimizer(network, 0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     model = common.distribute(network, torch.device("cpu"))
@@ -45,7 +46,7 @@ def train(module):
         # [N, 2, 3, 8, 8]: this rank's images, each with its two views.
         views = torch.rand(8, 2, 3, 8, 8, dtype=torch.float64)
         v1, v2 = views.chunk(common.WORLD_SIZE)[common.RANK].unbind(1)
-        loss, _ = module.train_step(model, optimizer, scaler, v1, v2, 0.05, value, **gather)
+        loss, _ = module.train_step(model, optimizer, scaler, v1, v2, 0.05, **options)
         losses.append(loss.item())
         for key, p in network.named_parameters():
             if p.grad is not None:
@@ -207,5 +208,5 @@ def test_more_processes_than_gpus_is_refused(refused, tiny, monkeypatch):
         monkeypatch.setattr(common, name, value)
     # In which rank 0 would print the error.
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    words = flags(**tiny(device="cuda", batch_size=100))
+    words = flags(**tiny(device="cuda", batch_size=200))
     refused(simclr, *words, says=["--device cuda (rank 99) is not available"])

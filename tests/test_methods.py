@@ -170,6 +170,15 @@ def test_warmup_epochs_of_a_short_run_are_a_tenth(tiny, small, monkeypatch):
     assert calls[-1][:3] == (29, 30, 3)
 
 
+def test_lr_unset_scales_with_batch_size(method):
+    """The recipe's learning rate times --batch-size over the recipe's; a given --lr is kept."""
+    recipe = method.RECIPES["digits"]
+    for batch_size, lr in ((None, None), (64, None), (64, 0.3)):
+        args = common.resolve(method.Args(batch_size=batch_size, lr=lr), method.RECIPES)
+        share = (batch_size or recipe["batch_size"]) / recipe["batch_size"]
+        assert args.lr == pytest.approx(lr or recipe["lr"] * share)
+
+
 def test_make_optimizer_decays_weights_only(method):
     """Every trained parameter once; no weight decay on biases and norms."""
     network = build(method)
