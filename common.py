@@ -931,13 +931,11 @@ class Run:
             arrays[f"{part}_labels"] = labels.numpy()
             if images.train_files is not None:
                 arrays[f"{part}_files"] = np.array(getattr(images, f"{part}_files"), np.str_)
-        info = self.architecture
-        meta = dict(info, method=self.method)
-        for key in ("dataset", "data_dir", "image_size", "epochs", "seed"):
-            meta[key] = getattr(args, key)
+        meta = {k: v for k, v in self.facts.items() if k not in ("views", "images")}
+        meta["data_dir"] = args.data_dir
         with atomic_write(self.dir / "embeddings.npz") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
-        info = dict(info, image_size=images.size, feature_dim=features.shape[1])
+        info = dict(self.architecture, image_size=images.size, feature_dim=features.shape[1])
         info |= dict(mean=images.mean.cpu(), std=images.std.cpu(), class_names=images.class_names)
         state = {key: value.cpu().contiguous() for key, value in self.encoder.state_dict().items()}
         save_torch(self.dir / "encoder.pt", dict(info, state_dict=state))
