@@ -577,22 +577,22 @@ def normalize(images, mean, std):
 
 
 @torch.no_grad()
-def embed(encoder, images, part, labelled_only=False):
-    """Features [N, D] float32 of images.train or images.test, clean, in eval mode; labels [N]."""
-    pixels, labels = getattr(images, part), getattr(images, f"{part}_labels")
-    rows = (labels >= -1 + labelled_only).nonzero().flatten().to(pixels.device)
-    was_training, size = encoder.training, images.size
+def embed(encoder, images, part, rows=None):
+    """Features [N, D] float32 of rows (unset: all) of images.train or images.test, in eval mode."""
+    pixels, size = getattr(images, part), images.size
+    rows = torch.arange(len(pixels)) if rows is None else torch.as_tensor(rows)
+    was_training = encoder.training
     encoder.eval()
     features = []
     # 500 images of 224 pixels would take 5 GB.
-    chunks = rows.split(max(1, min(500, 2**21 // size**2)))
+    chunks = rows.to(pixels.device).split(max(1, min(500, 2**21 // size**2)))
     for batch in take(pixels, chunks, images.mean.device):
         batch = normalize(square(batch, size), images.mean, images.std)
         features.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float())
     encoder.train(was_training)
     features = torch.cat(features)
     check(torch.isfinite(features).all(), "the features are not finite; a lower --lr may help")
-    return features, labels[rows.cpu()]
+    return features.cpu().numpy()
 
 
 def spread(z):
@@ -602,18 +602,27 @@ def spread(z):
 
 
 def knn_monitor(encoder, images, k):
-    """{"knn_acc": of the labelled test images, by cosine majority vote}; {} without labels."""
-    from knn_eval import knn_sweep
+    """{"effective_rank": of the training features, "knn_acc": cosine majority vote, if labelled}.
 
-    (train, train_labels), (test, test_labels) = (
-        embed(encoder, images, part, labelled_only=True) for part in ("train", "test")
-    )
-    if not len(train) or not len(test):
-        return {}
-    k, device = min(k, len(train)), train.device if train.is_cuda else None
-    train, test = train.cpu().numpy(), test.cpu().numpy()
-    predicted = knn_sweep(train, train_labels.numpy(), test, [k], device=device)[k]
-    return {"knn_acc": float((predicted == test_labels.numpy()).mean())}
+    knn_acc is of the test images, or by leave-one-out without labelled test images.
+    """
+    from knn_eval import effective_rank, knn_sweep
+
+    labels, test_labels = images.train_labels.numpy(), images.test_labels.numpy()
+    rows, test_rows = ((part != -1).nonzero()[0] for part in (labels, test_labels))
+    labelled = len(rows) > 1
+    if not labelled:
+        rows = np.arange(0, len(labels), math.ceil(len(labels) / 2048))
+    train, test = embed(encoder, images, "train", rows), None
+    record, truth = dict(effective_rank=effective_rank(train)), labels[rows]
+    if labelled:
+        if len(test_rows):
+            test, truth = embed(encoder, images, "test", test_rows), test_labels[test_rows]
+        k, device = min(k, len(train) - (test is None)), images.mean.device
+        device = device if device.type == "cuda" else None
+        predicted = knn_sweep(train, labels[rows], test, [k], device=device)[k]
+        record["knn_acc"] = float((predicted == truth).mean())
+    return record
 
 
 # ---------------------------------------------------------------- files
@@ -887,7 +896,11 @@ class Run:
         with user_errors(f"cannot write {str(self.log_path)!r}", OSError):
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-        shown = [key for key in ("epoch", "loss", "samples_per_sec", "knn_acc") if key in record]
+        shown = [
+            key
+            for key in ("epoch", "loss", "samples_per_sec", "effective_rank", "knn_acc")
+            if key in record
+        ]
         tqdm.write("  ".join(f"{key} {record[key]:.4g}" for key in shown))
         # Through a pipe, as on Colab, lines would otherwise appear late.
         sys.stdout.flush()
@@ -926,9 +939,8 @@ class Run:
             self._log(dict(epoch=0, step=0, **knn_monitor(self.encoder, images, args.knn_k)))
         arrays = dict(class_names=np.array(images.class_names, np.str_))
         for part in ("train", "test"):
-            features, labels = embed(self.encoder, images, part)
-            arrays[f"{part}_features"] = features.cpu().numpy()
-            arrays[f"{part}_labels"] = labels.numpy()
+            arrays[f"{part}_features"] = features = embed(self.encoder, images, part)
+            arrays[f"{part}_labels"] = getattr(images, f"{part}_labels").numpy()
             if images.train_files is not None:
                 arrays[f"{part}_files"] = np.array(getattr(images, f"{part}_files"), np.str_)
         meta = {k: v for k, v in self.facts.items() if k not in ("views", "images")}

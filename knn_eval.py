@@ -1,39 +1,41 @@
-"""Evaluate embeddings by their nearest neighbors: the accuracy of a kNN vote for many k.
+"""Evaluate embeddings by their nearest neighbors: sweep over k, labels needed, pictures.
 
-    python knn_eval.py                           # every run under runs/
+    python knn_eval.py                           # every run under runs/, seeds averaged
     python knn_eval.py runs/a runs/b --pixels    # two runs, and the raw pixels of their data set
-    python knn_eval.py features.npz --metric euclidean --vote distance --ks 1 5 20
+    python knn_eval.py features.npz --metric euclidean --ks 1 5 20
 
-An input is a run folder, or an .npz with train_features [N, D], train_labels [N], test_features
-[M, D] and test_labels [M]. knn.json, knn.csv and embedding_2d.png are written next to each input,
-knn.png next to the first one. k is chosen by leave-one-out, without the test labels.
+An input is a run folder, or an .npz with train_features [N, D] and, where known, train_labels [N],
+train_groups [N], test_features [M, D] and test_labels [M]; label -1 is unlabelled. k is chosen by
+leave-one-out on the training images, without the test labels.
 
 To sweep k in your own code, copy everything above `Args`: NumPy, scikit-learn and tqdm are enough
-on a CPU, and PyTorch searches on a GPU. README.md, section kNN evaluation, explains the votes.
+on a CPU, and PyTorch searches on a GPU. README.md, section kNN evaluation, explains the output.
 """
 
+import copy
 import csv
+import functools
 import io
 import json
 import re
 import shlex
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import numpy as np
-import sklearn
 import tyro
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from sklearn.utils import check_array, check_consistent_length
 from tqdm import tqdm
 
-# Bytes that one chunk of queries takes.
-BUDGET = 2**28
+# Queries searched at a time: on a GPU, 512 x 1.28 million float64 distances take 5 GB.
+CHUNK = 512
+FLOATS = [np.float32, np.float64]
 
 
 def knn_sweep(
@@ -45,105 +47,129 @@ def knn_sweep(
     vote="uniform",
     temperature=0.07,
     device=None,
+    groups=None,
+    return_shares=False,
 ):
     """Predict labels by a vote of the k nearest training points, for every k from one search.
 
     train_features [N, D], train_labels [N] and test_features [M, D] are NumPy arrays. Without
-    test_features (None), each training point is predicted from the others (leave-one-out).
-    Returns a dict from each k to the predicted labels [M]; raises ValueError on bad arguments.
+    test_features (None), each training point is predicted from the others (leave-one-out), or,
+    given integer groups [N], from those of other groups. Returns a dict from each k to the
+    predicted labels [M]; with return_shares also a dict from each k to the share of the votes [M]
+    that the predicted label got. Raises ValueError on bad arguments.
 
     metric: "euclidean", or "cosine" (Euclidean distance between L2-normalized rows).
-    vote: "uniform" (majority), "distance" (1 / distance), "softmax" (exp(similarity / temperature),
-        cosine only; Wu et al. 2018, arXiv:1805.01978), "balanced" (votes of a class over its number
-        of training points). The smallest label wins a tied vote.
+    vote: "uniform" (majority), or "softmax": exp(-distance**2 / 2 / temperature), for cosine
+        proportional to exp(similarity / temperature) (Wu et al. 2018, arXiv:1805.01978). The
+        smallest label wins a tied vote.
     device: None searches with scikit-learn on the CPU, a PyTorch device searches there in float64.
 
-    Predictions ("uniform", "distance") equal those of scikit-learn's KNeighborsClassifier, except
+    Predictions ("uniform") equal those of scikit-learn's KNeighborsClassifier, except
     where training points of different labels at the same distance straddle k.
     """
-    train, ks = _prepare(train_features, metric), sorted(set(ks))
-    leave_one_out = test_features is None
-    test = train if leave_one_out else _prepare(test_features, metric)
-    check_consistent_length(train, train_labels)
-    if not ks or ks[0] < 1 or ks[-1] > len(train) - leave_one_out:
-        raise ValueError(f"needs 1 <= k <= {len(train) - leave_one_out}, not {ks}")
-    if vote == "softmax" and metric != "cosine":
-        raise ValueError("vote softmax needs metric cosine")
-    classes, train_ids, sizes = np.unique(train_labels, return_inverse=True, return_counts=True)
-    # A collapsed encoder has no nearest neighbors: predict the majority class.
-    if (train == train[0]).all():
-        return {k: np.full(len(test), classes[sizes.argmax()]) for k in ks}
-    kneighbors = NearestNeighbors(algorithm="brute").fit(train).kneighbors
-    query_bytes = 64 * ks[-1] + 32 * len(classes)
-    if device is not None:
-        kneighbors = _torch_kneighbors(train, device)
-        query_bytes += 8 * len(train)
-    predictions = {k: np.empty(len(test), classes.dtype) for k in ks}
-    chunk = min(4096, max(1, BUDGET // query_bytes))
-    starts = range(0, len(test), chunk)
-    for start in tqdm(starts, "neighbors", leave=False, delay=5, disable=None):
-        distances, neighbors = kneighbors(test[start : start + chunk], ks[-1] + leave_one_out)
-        rows = np.arange(len(distances))
-        points = np.tile(sizes, (len(rows), 1))
-        if leave_one_out:
-            distances, neighbors = _drop_self(distances, neighbors, start + rows)
-            points[rows, train_ids[start + rows]] -= 1
+    check_consistent_length(train_features, train_labels)
+    n, own, ks = len(train_features), None, sorted(set(ks))
+    if test_features is None:
+        test_features = train_features
+        own = groups = np.arange(n) if groups is None else groups
+        n -= np.bincount(groups).max()
+    if not ks or ks[0] < 1 or ks[-1] > n:
+        raise ValueError(f"needs 1 <= k <= {n}, not {ks}")
+    classes, train_ids = np.unique(train_labels, return_inverse=True)
+    predictions = {k: np.empty(len(test_features), classes.dtype) for k in ks}
+    shares = {k: np.empty(len(test_features)) for k in ks}
+    chunks = nearest(train_features, test_features, ks[-1], metric, device, groups, own)
+    for rows, distances, neighbors in chunks:
         weights, ids = _vote_weights(distances, vote, temperature), train_ids[neighbors]
-        votes = np.zeros(points.shape)
+        votes = np.zeros((len(rows), len(classes)))
         for k in range(1, ks[-1] + 1):
-            votes[rows, ids[:, k - 1]] += weights[:, k - 1]
+            votes[np.arange(len(rows)), ids[:, k - 1]] += weights[:, k - 1]
             if k in predictions:
-                shares = votes / points.clip(1) if vote == "balanced" else votes
-                predictions[k][start : start + chunk] = classes[shares.argmax(axis=1)]
-    return predictions
+                predictions[k][rows] = classes[votes.argmax(axis=1)]
+                shares[k][rows] = votes.max(axis=1) / votes.sum(axis=1)
+    return (predictions, shares) if return_shares else predictions
+
+
+def nearest(train, queries, k, metric="cosine", device=None, groups=None, own=None):
+    """Yield the k nearest training features [N, D] of queries [M, D], nearest first, in chunks.
+
+    A chunk is rows [m] of the queries, distances [m, k], neighbors [m, k]. Given the groups [N] of
+    the training points and the group of each query, own [M], neighbors are of other groups.
+    """
+    train, queries = (_prepare(features, metric) for features in (train, queries))
+    extra = 0 if own is None else np.bincount(groups).max()
+    k = min(k, len(train) - extra)
+    if device is None:
+        search = NearestNeighbors(algorithm="brute").fit(train).kneighbors
+    else:
+        search = _torch_search(train, device)
+    starts = range(0, len(queries), CHUNK)
+    for start in tqdm(starts, "neighbors", leave=False, delay=5, disable=None):
+        rows = np.arange(start, min(start + CHUNK, len(queries)))
+        distances, neighbors = search(queries[rows], k + extra)
+        if own is not None:
+            # The query's own group goes last.
+            order = (groups[neighbors] == own[rows, None]).argsort(axis=1, kind="stable")[:, :k]
+            distances = np.take_along_axis(distances, order, axis=1)
+            neighbors = np.take_along_axis(neighbors, order, axis=1)
+        yield rows, distances, neighbors
 
 
 def _prepare(features, metric):
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"unknown metric {metric!r}")
-    features = check_array(features, dtype=[np.float32, np.float64], order="C")
+    features = check_array(features, dtype=FLOATS, order="C")
     return normalize(features) if metric == "cosine" else features
 
 
-def _torch_kneighbors(train, device):
+def _torch_search(train, device):
     """Exact search on a PyTorch device: a function like NearestNeighbors.kneighbors."""
     import torch
 
     # float64: TF32 matrix products would change neighbors.
     train = torch.from_numpy(train).to(device, torch.float64)
 
-    def kneighbors(queries, k):
+    def search(queries, k):
         distances = torch.cdist(torch.from_numpy(queries).to(train), train)
         return [part.cpu().numpy() for part in distances.topk(k, largest=False)]
 
-    return kneighbors
-
-
-def _drop_self(distances, neighbors, own):
-    """Leave-one-out: of k + 1 neighbors per query [m, k + 1], keep the k that are not itself."""
-    others = neighbors != own[:, None]
-    # Among many equal points, the search may not return the query itself.
-    others[others.all(axis=1), -1] = False
-    return distances[others].reshape(len(own), -1), neighbors[others].reshape(len(own), -1)
+    return search
 
 
 def _vote_weights(distances, vote, temperature):
     """Weight of each neighbor's vote [m, k], given its distance."""
-    if vote == "distance":
-        # Where training points equal the query, only those vote.
-        equal = distances[:, :1] == 0
-        return np.where(equal, distances == 0, 1 / np.where(equal, 1, distances))
     if vote == "softmax":
-        # similarity = 1 - distance**2 / 2, relative to the nearest neighbor against underflow.
+        # Relative to the nearest neighbor, against underflow.
         return np.exp((distances[:, :1] ** 2 - distances**2) / 2 / temperature)
-    if vote in ("uniform", "balanced"):
+    if vote == "uniform":
         return np.ones_like(distances)
     raise ValueError(f"unknown vote {vote!r}")
 
 
+def effective_rank(features):
+    """RankMe (arXiv:2210.02885): exp of the entropy of the normalized singular values.
+
+    Of at most 2,048 rows of features [N, D]; between 1 and min(N, D).
+    """
+    sample = features[:: -(-len(features) // 2048)].astype(np.float64)
+    values = np.linalg.svd(sample, compute_uv=False)
+    shares = values / max(values.sum(), 1e-12) + 1e-12
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def whiten(train, test, ridge=0.01):
+    """ZCA of features [N, D] and [M, D] by the covariance of train (arXiv:2408.07519).
+
+    ridge times the mean variance is added to each variance.
+    """
+    variances, axes = np.linalg.eigh(np.atleast_2d(np.cov(train, rowvar=False)))
+    scale = (variances + ridge * variances.mean() + 1e-12) ** -0.5
+    return [(features - train.mean(axis=0)) @ (axes * scale) @ axes.T for features in (train, test)]
+
+
 @dataclass
 class Args:
-    """Sweep k over embeddings: test accuracy of a vote of the k nearest training points."""
+    """Evaluate embeddings by a vote of the k nearest training points."""
 
     inputs: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")
@@ -153,24 +179,28 @@ class Args:
     """numbers of neighbors; those above the number of training points are dropped"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """distance between features"""
-    vote: Literal["uniform", "distance", "softmax", "balanced"] = "uniform"
-    """majority; 1 / distance; exp(similarity / temperature); share of a class's training points"""
+    vote: Literal["uniform", "softmax"] = "uniform"
+    """majority; weighted by exp(similarity / temperature)"""
     temperature: float = 0.07
     """temperature of the softmax vote"""
-    loo: bool = True
-    """choose k by leave-one-out on the training points"""
+    whiten: bool = False
+    """whiten the features by the training features"""
+    labels_per_class: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
+    """numbers of labels a class for the table of few labels (nothing: no such table)"""
     pixels: bool = False
     """also evaluate the raw pixels of the runs' data sets"""
+    probe: bool = False
+    """also fit logistic regressions on the frozen features: few labels, and all"""
+    embedding_2d: Literal["pca", "tsne"] = "pca"
+    """projection for the 2-D plot of the features"""
+    group_seeds: bool = True
+    """average runs that differ in the seed only"""
+    table: Literal["text", "md", "latex"] = "text"
+    """format of the printed tables"""
     cache_dir: str = "cache"
     """folder in which the runs keep the decoded images of a folder"""
-    probe: bool = False
-    """also fit a linear probe: logistic regression on the frozen features, no augmentation"""
-    confusion: bool = False
-    """print the confusion matrix at the chosen k"""
-    embedding_2d: Literal["pca", "tsne", "none"] = "pca"
-    """projection for the 2-D plot of the test features"""
     output: str | None = None
-    """folder for all files (unset: next to each input)"""
+    """folder for all files (unset: knn/ in the folder of the one input, runs/knn/ for several)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of the neighbor search"""
     track: bool = False
@@ -179,380 +209,502 @@ class Args:
     """Weights & Biases project"""
 
 
-def read_embeddings(path):
-    """Arrays, class names and meta of an embeddings.npz, without unlabelled rows. UserError."""
-    from common import check, read_npz, user_errors
+# ---------------------------------------------------------------- inputs
 
-    where, parts = repr(str(path)), ("train", "test")
-    check(path.is_file(), f"{where} does not exist; name a finished run's folder or an .npz file")
-    needed = ["train_features", "train_labels", "test_features", "test_labels"]
-    data = {"class_names": [], "meta": "{}", **read_npz(path, needed, ["class_names", "meta"])}
-    for part in parts:
-        features, labels = data[f"{part}_features"], data[f"{part}_labels"]
-        is_matrix = features.dtype.kind == "f" and features.ndim == 2 and features.size
-        is_labels = labels.dtype.kind in "iu" and labels.shape == features.shape[:1]
-        check(
-            is_matrix and is_labels,
-            f"{where}: {part}_features must be float [N, D] and {part}_labels integers [N], not "
-            f"{features.dtype} {list(features.shape)} and {labels.dtype} {list(labels.shape)}",
-        )
-        finite = np.isfinite(features).all()
-        check(finite, f"{where}: {part}_features has values that are not finite")
-        keep = labels != -1
-        check(keep.any(), f"{where}: all {part} images are unlabelled: nothing to evaluate")
-        if not keep.all():
-            print(f"{where}: dropped {(~keep).sum()} unlabelled of {len(keep)} {part} images")
-        data[f"{part}_features"] = features[keep]
-        data[f"{part}_labels"] = labels[keep].astype(np.int64)
-    train, test = (data[f"{part}_features"].shape[1] for part in parts)
-    check(train == test, f"{where}: train_features have D = {train}, test_features D = {test}")
-    with user_errors(f"{where}: meta must be a JSON object", (TypeError, ValueError)):
-        data["meta"] = dict(json.loads(str(data["meta"])))
-    return data
+
+@dataclass
+class Part:
+    """Training or test images: features [N, D], and per image label, file, group and row."""
+
+    name: str
+    features: np.ndarray
+    labels: np.ndarray
+    files: np.ndarray
+    groups: np.ndarray
+    rows: np.ndarray
+
+    def __getitem__(self, rows):
+        arrays = self.features, self.labels, self.files, self.groups, self.rows
+        return Part(self.name, *(array[rows] for array in arrays))
+
+    def __len__(self):
+        return len(self.rows)
+
+
+def read_embeddings(path):
+    """An embeddings.npz as an object: train and test (arrays), meta, class_names. UserError."""
+    from common import read_npz, user_errors
+
+    name = str(path.parent if path.stem == "embeddings" else path.with_suffix(""))
+    entry = SimpleNamespace(name=name, folder=path.parent)
+    optional = [f"train_{name}" for name in ("labels", "files", "groups")]
+    optional += ["test_features", "test_labels", "test_files", "class_names", "meta"]
+    with user_errors(f"cannot evaluate {str(path)!r}"):
+        arrays = read_npz(path, ["train_features"], optional)
+        for part in ("train", "test"):
+            x = arrays.get(f"{part}_features", arrays["train_features"][:0])
+            name, least = f"{part}_features", int(part == "train")
+            x = check_array(x, dtype=FLOATS, ensure_min_samples=least, input_name=name)
+            index = np.arange(len(x))
+            labels = arrays.get(f"{part}_labels", -1 + 0 * index)
+            labels = labels.astype(np.int64, casting="same_kind")
+            files, groups = (arrays.get(f"{part}_{name}", index) for name in ("files", "groups"))
+            check_consistent_length(x, labels, files, groups)
+            groups = np.unique(groups, return_inverse=True)[1]
+            setattr(entry, part, Part(part, x, labels, files, groups, index))
+        check_consistent_length(entry.train.features.T, entry.test.features.T)
+        entry.meta = dict(json.loads(str(arrays.get("meta", "{}"))))
+    names = dict(enumerate(map(str, arrays.get("class_names", []))))
+    entry.class_name = lambda label: names.get(label, str(label))
+    return entry
 
 
 def read_inputs(args):
-    """Every input (none given: every run under runs/), its name and output folder. UserError."""
-    from common import UserError, check
+    """Every input (none given: every run under runs/), and its column in the tables. UserError."""
+    from common import check
 
-    inputs = []
-    for path in map(Path, args.inputs or sorted(Path("runs").glob("*/"))):
-        path = path / "embeddings.npz" if path.is_dir() else path
-        try:
-            data = read_embeddings(path)
-        except UserError as error:
-            if args.inputs:
-                raise
-            # An unfinished or unlabelled run does not stop the others.
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        full = path.resolve()
-        name = full.parent.name if full.name == "embeddings.npz" else full.stem
-        name = re.sub(r"[^\w.-]", "_", name)
-        folder = Path(args.output or path.parent)
-        inputs.append(SimpleNamespace(name=name, folder=folder, pixels=False, **data))
+    paths = map(Path, args.inputs or sorted(Path("runs").glob("*/embeddings.npz")))
+    inputs = [read_embeddings(p / "embeddings.npz" if p.is_dir() else p) for p in paths]
     check(inputs, "no run under runs/ to evaluate; train one (python simclr.py) or name an .npz")
-    unique = len({entry.name for entry in inputs}) == len(inputs)
-    folders = [entry.folder for entry in inputs]
-    for i, entry in enumerate(inputs, 1):
-        entry.name += "" if unique else f"-{i}"
-        entry.prefix = f"{entry.name}-" if folders.count(entry.folder) > 1 else ""
+    for entry in inputs:
+        method = entry.meta.get("method", entry.name)
+        entry.column = "untrained" if entry.meta.get("epochs") == 0 else method
+    for column in {entry.column for entry in inputs}:
+        # Runs of one method are named by the flags in which they differ.
+        same = [entry for entry in inputs if entry.column == column]
+        for key in same[0].meta:
+            values = {str(entry.meta.get(key)) for entry in same}
+            if len(values) > 1 and not (key == "seed" and args.group_seeds):
+                for entry in same:
+                    entry.column += f" {key.replace('_', '-')} {entry.meta.get(key)}"
     return inputs
 
 
-def read_pixels(inputs, cache_dir):
-    """The raw pixels of every data set that the inputs' meta names. UserError."""
-    from common import check, load_images, square
+@functools.lru_cache(1)
+def load_run_images(dataset, data_dir, image_size, cache_dir, sizes):
+    """The images of a run, or None, with a note, if they cannot be loaded or are others."""
+    from common import UserError, check, load_images
 
-    keys = ("dataset", "data_dir", "image_size")
-    sources = dict.fromkeys(tuple(map(entry.meta.get, keys)) for entry in inputs)
-    sources.pop((None, None, None), None)
-    check(sources, "--pixels needs a run: no input's meta names a data set")
-    entries = []
-    for i, source in enumerate(sources, 1):
-        images = load_images(*source, cache_dir=cache_dir)
-        entry = SimpleNamespace(name=f"pixels of {source[0]}", folder=inputs[0].folder, pixels=True)
-        entry.meta, entry.class_names = dict(zip(keys, source)), images.class_names
-        entry.prefix = f"pixels{i}-" if len(sources) > 1 else "pixels-"
-        for part in ("train", "test"):
-            pixels, labels = getattr(images, part), getattr(images, f"{part}_labels")
-            rows = (labels != -1).nonzero().flatten()
-            check(len(rows), f"--pixels: {source[0]} has no labelled {part} images")
-            pixels = [square(pixels[some], images.size).numpy() for some in rows.split(1024)]
-            # The three channels of gray images are equal.
-            pixels = np.concatenate(pixels)[:, : 1 if images.gray else 3]
-            setattr(entry, f"{part}_features", pixels.reshape(len(rows), -1))
-            setattr(entry, f"{part}_labels", labels[rows].numpy())
-        entries.append(entry)
-    return entries
+    try:
+        # Missing data would be downloaded.
+        here = dataset == "digits" or (data_dir and Path(data_dir).exists())
+        check(here, f"--data-dir {data_dir!r} does not exist")
+        images = load_images(dataset, data_dir, image_size, cache_dir)
+        same = (len(images.train), len(images.test)) == sizes
+        check(same, f"the images in {data_dir!r} have changed")
+        return images
+    except UserError as error:
+        print(f"no pictures: {error}")
 
 
-def linear_probe(entry):
-    """Logistic regression on standardized frozen features, C chosen on a fifth of the training set.
+def pictures(entry, args):
+    """A function that gives the images of a Part, uint8 [N, size, size, 3]; None without images."""
+    from common import square
 
-    Returns None if there is one class, or a class with fewer than five training points.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    source = [entry.meta.get(key) for key in ("dataset", "data_dir", "image_size")]
+    sizes = len(entry.train), len(entry.test)
+    images = load_run_images(*source, args.cache_dir, sizes) if source[0] else None
+    if images:
 
-    labels, sizes = entry.train_labels, np.unique(entry.train_labels, return_counts=True)[1]
-    if len(sizes) < 2 or sizes.min() < 5:
-        return None
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    grid = {"logisticregression__C": [0.001, 0.01, 0.1, 1, 10]}
-    fifth = max(len(sizes), len(labels) // 5)
-    held_out = StratifiedShuffleSplit(1, test_size=fifth, random_state=0)
-    with warnings.catch_warnings():
-        # Not converged after 1,000 iterations is good enough to compare.
-        warnings.simplefilter("ignore")
-        probe = GridSearchCV(probe, grid, cv=held_out)
-        probe.fit(entry.train_features, labels)
-    accuracy = probe.score(entry.test_features, entry.test_labels)
-    return {"C": probe.best_params_["logisticregression__C"], "test_accuracy": accuracy}
+        def get(part):
+            pixels = getattr(images, part.name)[part.rows]
+            return square(pixels, images.size).permute(0, 2, 3, 1).numpy()
+
+        return get
 
 
-def measure(k, predicted, truth):
-    """The row of one k in knn.json."""
-    from scipy.stats import binomtest
-    from sklearn.metrics import recall_score
-
-    correct = int((predicted == truth).sum())
-    interval = binomtest(correct, len(truth)).proportion_ci(method="wilson")
-    per_class = recall_score(truth, predicted, labels=np.unique(truth), average=None)
-    return {
-        "k": k,
-        "accuracy": correct / len(truth),
-        "low": interval.low,
-        "high": interval.high,
-        "leave_one_out": None,
-        "balanced_accuracy": per_class.mean(),
-        "per_class": per_class.tolist(),
-    }
-
-
-def evaluate(entry, args, device):
-    """Sweep k over one input. Returns the content of its knn.json. UserError."""
-    from sklearn.metrics import confusion_matrix
-
+def pixels_of(entry, args):
+    """The raw pixels of the data set that an input's meta names, as an input. UserError."""
     from common import check
 
-    train, labels, truth = entry.train_features, entry.train_labels, entry.test_labels
-    name, n = entry.name, len(train)
-    ks = [k for k in sorted(set(args.ks)) if k <= n]
-    check(ks, f"{name}: --ks {min(args.ks)} is above the {n} training points; give a smaller one")
-    if max(args.ks) > n:
-        print(f"{name}: dropped every k above {n}, the number of training points")
+    get = pictures(entry, args)
+    check(get, f"--pixels: the images of {entry.name} cannot be loaded")
+    entry = copy.deepcopy(entry)
+    entry.name = entry.column = f"pixels of {entry.meta['dataset']}"
+    for part in (entry.train, entry.test):
+        part.features = get(part).reshape(len(part), -1).astype(np.float32)
+    return entry
 
-    options = (args.metric, args.vote, args.temperature, device)
-    predictions = knn_sweep(train, labels, entry.test_features, ks, *options)
-    rows = [measure(k, predictions[k], truth) for k in ks]
-    chosen = rows[0] if len(ks) == 1 else None
-    chosen_by = "being the only k" if chosen else None
-    loo_ks = [k for k in ks if args.loo and k < n]
-    if loo_ks:
-        loo = knn_sweep(train, labels, None, loo_ks, *options)
-        for row, predicted in zip(rows, loo.values()):
-            row["leave_one_out"] = float((predicted == labels).mean())
-        # The smallest k wins a tie.
-        chosen = max(rows[: len(loo)], key=lambda row: row["leave_one_out"])
-        chosen_by = "leave-one-out on the training set"
-    names = {label: str(label) for label in np.union1d(labels, truth).tolist()}
-    names |= {label: n for label, n in enumerate(entry.class_names) if label in names}
-    result = {
-        "name": name,
-        "meta": entry.meta,
-        "metric": args.metric,
-        "vote": args.vote,
-        "temperature": args.temperature,
-        "n_train": n,
-        "n_test": len(truth),
-        "dim": train.shape[1],
-        "classes": [names[label] for label in np.unique(truth)],
-        "sweep": rows,
-        "chosen_k": chosen and chosen["k"],
-        "test_accuracy": chosen and chosen["accuracy"],
-        "chosen_by": chosen_by,
-        "versions": {"numpy": np.__version__, "scikit-learn": sklearn.__version__},
-        "command": shlex.join(sys.argv),
-    }
-    if args.confusion and chosen:
-        matrix = confusion_matrix(truth, predictions[chosen["k"]], labels=[*names]).tolist()
-        result["confusion"] = {"classes": [*names.values()], "true_by_predicted": matrix}
-    if entry.pixels:
-        result["pixels"] = True
-    elif args.probe:
-        result["probe"] = linear_probe(entry)
+
+# ---------------------------------------------------------------- evaluation
+
+# The tables: file name, and title of the first column.
+TABLES = dict(knn="k", labels="labels per class", probe="labels per class, logistic regression")
+# Rows of the tables that are not numbers.
+WORDS = ("all", "chosen k")
+
+
+def vote(args, *data, **options):
+    """knn_sweep with the metric, vote and device of the command line."""
+    return knn_sweep(*data, args.metric, args.vote, args.temperature, args.device, **options)
+
+
+def evaluate(entry, args):
+    """The result of an input, for knn.json. Sets what the pictures need on the input."""
+    result = dict(name=entry.name, column=entry.column, meta=entry.meta)
+    result["effective_rank"] = effective_rank(entry.train.features)
+    if args.whiten:
+        features = whiten(entry.train.features, entry.test.features)
+        entry.train.features, entry.test.features = features
+    train, test = (part[part.labels != -1] for part in (entry.train, entry.test))
+    result |= dict(n_train=len(train), n_test=len(test), dim=train.features.shape[1])
+    result["tables"] = {name: {} for name in TABLES}
+    if not len(train):
+        train, test = entry.train, entry.test
+    # The images that vote and those that are predicted; without test images, the same.
+    entry.voters, entry.queries, entry.predicted = train, test if len(test) else train, None
+    if result["n_train"]:
+        result |= sweep(entry, args, result["tables"]["knn"])
+        labels_needed(entry, args, result["tables"])
     return result
 
 
-def draw_embedding(entry, classes, args):
-    """A figure of the test features in two dimensions, colored by class; None if too few."""
+def sweep(entry, args, table):
+    """Fill {k: accuracy}; return the result at the k chosen by leave-one-out. UserError."""
+    from scipy.stats import binomtest
+    from sklearn.metrics import recall_score
+
+    from common import check
+
+    train, truth, name = entry.voters, entry.queries.labels, entry.class_name
+    n = len(train) - np.bincount(train.groups).max()
+    ks = [k for k in sorted(set(args.ks)) if k <= n]
+    check(ks, f"{entry.name}: --ks {min(args.ks)} is above {n}, the usable training points")
+    data, extra = (train.features, train.labels), dict(groups=train.groups, return_shares=True)
+    predictions, shares = vote(args, *data, None, ks, **extra)
+    leave_one_out = {k: (predictions[k] == train.labels).mean() for k in ks}
+    # The smallest k wins a tie.
+    k = max(ks, key=leave_one_out.get)
+    entry.suspects = []
+    for i in np.argsort(-shares[k], kind="stable"):
+        label, says = train.labels[i], predictions[k][i]
+        if label != says:
+            entry.suspects.append([train.files[i], name(label), name(says), shares[k][i]])
+    if entry.queries.name == "test":
+        predictions = vote(args, *data, entry.queries.features, ks)
+    table |= {k: (predictions[k] == truth).mean() for k in ks}
+    table["chosen k"] = accuracy = table[k]
+    entry.predicted, classes = predictions[k], np.unique(truth)
+    recalls = recall_score(truth, predictions[k], labels=classes, average=None)
+    low, high = binomtest(round(accuracy * len(truth)), len(truth)).proportion_ci(method="wilson")
+    result = dict(k=k, accuracy=accuracy, low=low, high=high, leave_one_out=leave_one_out)
+    per_class = dict(zip(map(name, classes), recalls))
+    return dict(result, balanced_accuracy=recalls.mean(), per_class=per_class)
+
+
+def labels_needed(entry, args, tables):
+    """Fill {n: accuracies of 20 draws of n labels per class}, by the kNN vote and by --probe."""
+    train, labels = entry.voters, entry.voters.labels
+    methods = dict(labels=few_labels, probe=probe) if args.probe else dict(labels=few_labels)
+    classes, sizes = np.unique(labels, return_counts=True)
+    # A class with fewer than n labels gives all that it has.
+    for n in (n for n in args.labels_per_class if n <= sizes.max()):
+        for seed in range(20):
+            # The same images for every input.
+            order = np.random.default_rng(seed).permutation(len(labels))
+            rows = np.concatenate([order[labels[order] == label][:n] for label in classes])
+            known, queries = train[rows], entry.queries
+            if queries.name == "train":
+                queries = train[~np.isin(train.groups, known.groups)]
+            for name, predict in methods.items():
+                right = predict(known, queries, args, n) == queries.labels
+                tables[name].setdefault(n, []).append(right.mean())
+    if tables["labels"]:
+        tables["labels"]["all"] = tables["knn"]["chosen k"]
+    if args.probe and entry.queries.name == "test":
+        tables["probe"]["all"] = (probe(train, entry.queries) == entry.queries.labels).mean()
+
+
+def few_labels(known, queries, args, n):
+    """Predict by the kNN vote; k, at most n, is chosen by leave-one-out among the known labels."""
+    most = min(n, len(known) - np.bincount(known.groups).max())
+    ks, data = [k for k in sorted(args.ks) if k <= most] or [1], (known.features, known.labels)
+    if len(ks) > 1:
+        loo = vote(args, *data, None, ks, groups=known.groups)
+        ks = [max(ks, key=lambda k: (loo[k] == known.labels).mean())]
+    return vote(args, *data, queries.features, ks)[ks[0]]
+
+
+def probe(known, queries, *ignored):
+    """Predict by logistic regression on standardized features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    with warnings.catch_warnings():
+        # Not converged after 1,000 iterations is good enough to compare.
+        warnings.simplefilter("ignore")
+        return model.fit(known.features, known.labels).predict(queries.features)
+
+
+def closest_pairs(entry, args):
+    """Rows of pairs.csv, and the number of test images that equal a training image."""
+    train, lines, equal = entry.train, [], 0
+    for part in (train, entry.test) if len(entry.test) else (train,):
+        own, pairs = train.groups if part is train else None, []
+        data = train.features, part.features, 100, args.metric, args.device, train.groups, own
+        for rows, distances, neighbors in nearest(*data):
+            equal += 0 if part is train else int((distances[:, 0] < 1e-4).sum())
+            closest = np.argsort(distances, axis=None, kind="stable")[:200]
+            i, j = np.unravel_index(closest, distances.shape)
+            pairs += zip(distances[i, j], rows[i], neighbors[i, j])
+        # Within the training images, each pair comes twice.
+        pairs = [pair for pair in sorted(pairs) if part is not train or pair[1] < pair[2]]
+        for distance, i, j in pairs[:100]:
+            lines.append([part.name, part.files[i], train.files[j], closeness(distance, args)])
+    return lines, equal
+
+
+def closeness(distance, args):
+    """Cosine similarity, or Euclidean distance."""
+    return 1 - distance**2 / 2 if args.metric == "cosine" else distance
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def draw_neighbors(entry, get, args):
+    """Eight queries, up to four of them wrong, each with its six nearest training images."""
     from matplotlib.figure import Figure
+
+    train, queries, rng = entry.voters, entry.queries, np.random.default_rng(0)
+    wrong = np.zeros(len(queries), bool)
+    if entry.predicted is not None:
+        wrong = entry.predicted != queries.labels
+
+    def pick(rows, n):
+        rows = rng.permutation(rows)
+        # One of each class first.
+        first = rng.permutation(np.unique(queries.labels[rows], return_index=True)[1])
+        return [*rows[first], *np.delete(rows, first)][:n]
+
+    rows = pick(np.flatnonzero(wrong), 4)
+    rows = pick(np.flatnonzero(~wrong), 8 - len(rows)) + rows
+    chosen, wrong = queries[rows], wrong[rows]
+    own = chosen.groups if chosen.name == "train" else None
+    data = train.features, chosen.features, 6, args.metric, args.device, train.groups, own
+    ((_, distances, neighbors),) = nearest(*data)
+    figure = Figure(figsize=(9, 12), layout="constrained")
+    axes = figure.subplots(len(chosen), 7, squeeze=False)
+    for i, near in enumerate(neighbors):
+        good = [not wrong[i], *(train.labels[near] == chosen.labels[i])]
+        names = map(entry.class_name, [chosen.labels[i], *train.labels[near]])
+        numbers = ["", *(f" {closeness(distance, args):.2f}" for distance in distances[i])]
+        for j, image in enumerate([*get(chosen[[i]]), *get(train[near])]):
+            axes[i, j].imshow(image)
+            axes[i, j].set_title(next(names) + numbers[j], fontsize=8, parse_math=False)
+            axes[i, j].spines[:].set(color="tab:green" if good[j] else "tab:red", linewidth=3)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
+def draw_embedding(entry, get, args):
+    """The features in two dimensions, colored by class, and some of the images."""
+    from matplotlib.figure import Figure
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    # At most 5,000 points of all classes, which may come in order.
-    step = -(-len(entry.test_labels) // 5000)
-    features = entry.test_features[::step]
-    ids = np.unique(entry.test_labels, return_inverse=True)[1][::step]
-    n, too_few = len(classes), len(features) < 5 or features.shape[1] < 2
-    if args.embedding_2d == "none" or too_few:
+    part = entry.test if len(entry.test) else entry.train
+    # At most 5,000 points, in random order, so that no class covers another.
+    part = part[np.random.default_rng(0).permutation(len(part))[:5000]]
+    if min(part.features.shape) < 5:
         return None
     with warnings.catch_warnings():
         # A collapsed encoder has no variance to explain.
         warnings.simplefilter("ignore")
-        points = PCA(2, random_state=0).fit_transform(features)
+        points = PCA(2, random_state=0).fit_transform(part.features)
         if args.embedding_2d == "tsne" and points.std() > 0:
             tsne = TSNE(perplexity=min(30, len(points) / 4), metric=args.metric, random_state=0)
-            points = tsne.fit_transform(features)
-    figure = Figure(figsize=(8, 6), layout="constrained")
+            points = tsne.fit_transform(part.features)
+    figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots()
-    colors = dict(cmap="tab10" if n <= 10 else "turbo", vmin=0, vmax=max(9, n - 1))
-    # In random order, so that no class covers another.
-    order = np.random.default_rng(0).permutation(len(points))
-    scatter = axes.scatter(*points[order].T, c=ids[order], s=8, alpha=0.7, **colors)
-    if 1 < n <= 20:
+    classes, ids = np.unique(part.labels, return_inverse=True)
+    for i, label in enumerate(classes):
         # An unescaped $ starts a formula.
-        names = [classes[i].replace("$", r"\$") for i in np.unique(ids)]
-        handles = scatter.legend_elements(num=None)[0]
-        axes.legend(handles, names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axes.set(title=f"{entry.name}: test features, {args.embedding_2d}", xticks=[], yticks=[])
+        title = entry.class_name(label).replace("$", r"\$")
+        axes.scatter(*points[ids == i].T, s=8, color=f"C{i}", label=title)
+    if get:
+        # One image in each cell of a grid of 20 x 20.
+        cells = np.digitize(points, np.linspace(points.min(), points.max(), 21))
+        for i in np.unique(cells, axis=0, return_index=True)[1]:
+            (image,) = get(part[[i]])
+            frame = dict(edgecolor=f"C{ids[i]}", boxstyle="square,pad=0.1")
+            box = OffsetImage(image, zoom=24 / len(image))
+            axes.add_artist(AnnotationBbox(box, points[i], bboxprops=frame))
+    if 1 < len(classes) <= 20:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.set(
+        title=f"{entry.column}: {part.name} features, {args.embedding_2d}", xticks=[], yticks=[]
+    )
     return figure
 
 
-def draw_sweep(results, ks, args):
-    """A figure of accuracy over k with 95 % bands; raw pixels and untrained encoders in gray."""
+def draw_curves(summary, xlabel):
+    """Accuracy over the integer labels of a summary: a curve with a band for each column."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    for i, result in enumerate(results, 1):
-        x = [row["k"] for row in result["sweep"]]
-        y, low, high = (
-            [100 * row[key] for row in result["sweep"]] for key in ("accuracy", "low", "high")
-        )
-        untrained = result["meta"].get("epochs") == 0
-        style = ":" if untrained else "--" if "pixels" in result else "-"
-        label = f"[{i}] {result['name']}" + (" (untrained)" if untrained else "")
-        color = f"C{i - 1}" if style == "-" else "0.4"
-        axes.plot(x, y, style, marker=".", color=color, label=label)
-        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        if result["chosen_k"]:
-            axes.scatter(result["chosen_k"], 100 * result["test_accuracy"], 99, color, alpha=0.4)
-    title = f"kNN, {args.metric}, {args.vote} vote, 95 % bands"
-    axes.set(xscale="log", xlabel="k (large dot: chosen)", ylabel="test accuracy in %", title=title)
-    axes.set_xticks(ks, ks)
+    axes, ticks = figure.subplots(), set()
+    for i, (column, cells) in enumerate(summary.items()):
+        style = "--" if column.startswith("pixels") else ":" if column == "untrained" else "-"
+        color = f"C{i}" if style == "-" else "0.4"
+        x = [label for label in cells if label not in WORDS]
+        mean, std = 100 * np.array([cells[label] for label in x]).reshape(-1, 2).T
+        axes.plot(x, mean, style, marker=".", color=color, label=column)
+        axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+        ticks |= {*x}
+    axes.set(xscale="log", xlabel=xlabel, ylabel="accuracy in %, band: standard deviation")
+    axes.set_xticks([*ticks], [*ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def accuracy_table(results):
-    """A dict from each k to the test accuracies of all inputs, NaN where an input has no such k."""
-    sweeps = [{row["k"]: row["accuracy"] for row in result["sweep"]} for result in results]
-    ks = sorted(set().union(*sweeps))
-    return {k: np.array([sweep.get(k, np.nan) for sweep in sweeps]) for k in ks}
+def to_png(figure):
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120, format="png")
+    return file.getvalue()
 
 
-def write_files(inputs, results, figures):
-    """Write knn.json and knn.csv of every input, and the figures: (path, figure) pairs by name."""
-    from common import atomic_write, user_errors
-
-    for entry, result in zip(inputs, results):
-        with user_errors(f"cannot write to --output {str(entry.folder)!r}", OSError):
-            entry.folder.mkdir(parents=True, exist_ok=True)
-        table, fields = io.StringIO(), list(result["sweep"][0])
-        # All but per_class, the last field.
-        writer = csv.DictWriter(table, fields[:-1], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(result["sweep"])
-        texts = {"knn.csv": table.getvalue(), "knn.json": json.dumps(result, indent=2)}
-        for ending, text in texts.items():
-            with atomic_write(entry.folder / f"{entry.prefix}{ending}") as file:
-                file.write(text.encode())
-    for path, figure in figures.values():
-        with atomic_write(path) as file:
-            figure.savefig(file, dpi=120, format="png")
+def to_csv(header, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    return text.getvalue().encode()
 
 
-def report(results, table, args):
-    """Print the inputs, a table of accuracies, and the result at the chosen k of each input."""
-    for i, result in enumerate(results, 1):
-        facts = dict(n_train=result["n_train"], n_test=result["n_test"], D=result["dim"])
-        for key in ("encoder", "epochs", "seed"):
-            if key in result["meta"]:
-                facts[key] = result["meta"][key]
-        print(f"[{i}] {result['name']}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
-    print(f"\naccuracy on the test set in %, metric {args.metric}, vote {args.vote}")
-    print(f"{'k':>12}" + "".join(f"{f'[{i}]':>9}" for i in range(1, len(results) + 1)))
-    for k, row in table.items():
-        print(f"{k:>12}" + "".join(f"{100 * a:9.2f}" for a in row).replace("nan", "   "))
-    to_100 = [row for k, row in table.items() if k <= 100]
-    means = np.nanmean(to_100, axis=0) if to_100 else []
-    print(f"{'mean to 100':>12}" + "".join(f"{100 * mean:9.2f}" for mean in means), "\n")
-    for i, result in enumerate(results, 1):
-        report_chosen(i, result)
-    for i, result in enumerate(results, 1):
-        probe = result.get("probe")
-        if probe:
-            print(
-                f"[{i}] linear probe on the frozen features, no augmentation: test accuracy = "
-                f"{100 * probe['test_accuracy']:.2f} % (C = {probe['C']})"
-            )
-        elif "probe" in result:
-            print(f"[{i}] no linear probe: it needs two classes of five training points or more")
+def details(entry, args):
+    """The files of one input, {name: bytes}: pairs, suspects, neighbors, the 2-D plot."""
+    get = pictures(entry, args)
+    pairs, equal = closest_pairs(entry, args)
+    if equal:
+        print(f"{entry.name}: {equal} test images have the features of a training image: a leak")
+    measure = "similarity" if args.metric == "cosine" else "distance"
+    files = {"pairs.csv": to_csv(["part", "file", "train_file", measure], pairs)}
+    if entry.predicted is not None:
+        header = ["file", "label", "neighbors_say", "share"]
+        files["suspects.csv"] = to_csv(header, entry.suspects)
+    if get:
+        files["neighbors.png"] = to_png(draw_neighbors(entry, get, args))
+    figure = draw_embedding(entry, get, args)
+    if figure:
+        files["embedding_2d.png"] = to_png(figure)
+    return files
 
 
-def report_chosen(i, result):
-    row = next((row for row in result["sweep"] if row["k"] == result["chosen_k"]), None)
-    if row is None:
-        print(f"[{i}] no k chosen: --no-loo, and more than one k")
-        return
-    print(
-        f"[{i}] chosen k = {row['k']}, test accuracy = {100 * row['accuracy']:.2f} % "
-        f"(95 % interval {100 * row['low']:.2f} to {100 * row['high']:.2f})"
-    )
-    worst, name = min(zip(row["per_class"], result["classes"]), key=lambda pair: pair[0])
-    print(
-        f"    k chosen by {result['chosen_by']}; "
-        f"balanced accuracy = {100 * row['balanced_accuracy']:.2f} %, "
-        f"lowest: class {name} with {100 * worst:.2f} %"
-    )
-    if "confusion" in result:
-        print("    confusion: rows are true classes, columns predicted ones")
-        for name, counts in zip(*result["confusion"].values()):
-            print(f"{name[:14]:>18}" + "".join(f" {count:5}" for count in counts))
+# ---------------------------------------------------------------- tables
 
 
-def log_results(results, table, figures, args):
-    """With --track, log accuracies, chosen k and figures to Weights & Biases."""
-    from common import Tracker, git_commit
+def summarize(results, name):
+    """{column: {label: (mean, standard deviation)}} of a table, over the runs of each column.
 
-    runs = {result["name"]: result["meta"] for result in results}
-    config = {**asdict(args), "runs": runs, "command": shlex.join(sys.argv), "commit": git_commit()}
-    folder = figures["knn"][0].parent
-    tracker = Tracker(args, folder, name=f"knn-{results[0]['name']}", group="knn", config=config)
-    for k, row in table.items():
-        tracker.log({"k": k, **{f"knn/{name}": a for name, a in zip(runs, row) if a == a}})
+    Over the draws, if a column is a single run.
+    """
+    found = {}
     for result in results:
-        if result["chosen_k"]:
-            for key in ("chosen_k", "test_accuracy"):
-                tracker.log({f"{key}/{result['name']}": result[key]})
-    tracker.log({name: path for name, (path, _) in figures.items()})
-    tracker.finish()
+        for label, value in result["tables"][name].items():
+            found.setdefault(result["column"], {}).setdefault(label, []).append(value)
+    for cells in found.values():
+        for label, values in cells.items():
+            values = np.ravel(values) if len(values) == 1 else [np.mean(v) for v in values]
+            cells[label] = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return found
+
+
+def print_table(title, summary, style):
+    """Accuracies in % as aligned text, Markdown or LaTeX."""
+    labels = {label for cells in summary.values() for label in cells}
+    table = [[title, *summary]]
+    for label in sorted(labels, key=lambda label: (label in WORDS, label)):
+        table.append([str(label)])
+        for cells in summary.values():
+            mean, std = cells.get(label, (None, 0))
+            table[-1].append("" if mean is None else f"{100 * mean:.2f}")
+            table[-1][-1] += f" ± {100 * std:.2f}" if std else ""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    if style == "md":
+        table.insert(1, ["-" * width for width in widths])
+    start, between, end = dict(md=("| ", " | ", " |"), latex=("", " & ", r" \\")).get(
+        style, ["", "  ", ""]
+    )
+    lines = [start + between.join(map(str.rjust, row, widths)) + end for row in table]
+    if style == "latex":
+        lines = [re.sub(r"([_%#$])", r"\\\1", line).replace("±", r"$\pm$") for line in lines]
+        lines = [rf"\begin{{tabular}}{{l{'r' * len(summary)}}}", *lines, r"\end{tabular}"]
+    print("", *lines, "", sep="\n")
+
+
+def report(results, args):
+    """Print tables and results; return the files that the inputs share, {name: bytes}."""
+    content = dict(args=asdict(args), command=shlex.join(sys.argv), results=results)
+    files = {"knn.json": json.dumps(content, indent=2).encode()}
+    for name, title in TABLES.items():
+        summary, lines = summarize(results, name), []
+        for column, cells in summary.items():
+            lines += [[column, label, *cell] for label, cell in cells.items()]
+        if lines:
+            print_table(title, summary, args.table)
+            files[f"{name}.csv"] = to_csv(["column", title, "mean", "std"], lines)
+            files[f"{name}.png"] = to_png(draw_curves(summary, title))
+    lines = []
+    for result in results:
+        print(f"{result['name']}: effective rank {result['effective_rank']:.1f}", end="")
+        if "k" in result:
+            kind = "test" if result["n_test"] else "leave-one-out"
+            accuracy, low, high = (
+                f"{100 * result[key]:.2f}" for key in ("accuracy", "low", "high")
+            )
+            print(f", k = {result['k']}, {kind} accuracy = {accuracy} % ({low} to {high})", end="")
+        print()
+        few = result["tables"]["labels"]
+        lines.append({key: value for key, value in result.items() if not isinstance(value, dict)})
+        lines[-1] |= {f"labels_{n}": np.mean(few[n]) for n in few} | result["meta"]
+    fields = [*dict.fromkeys(key for line in lines for key in line)]
+    files["results.csv"] = to_csv(fields, [map(line.get, fields) for line in lines])
+    return files
 
 
 def main(args):
-    """Evaluate every input, then write the files. Returns the content of each knn.json."""
-    from common import check, pick_device
+    """Evaluate every input, then write the files. Returns the results."""
+    from common import Tracker, atomic_write, check, pick_device, user_errors
 
-    check(args.ks, "--ks is empty; give at least one k, as in --ks 1 5 20")
-    check(min(args.ks) >= 1, f"--ks {min(args.ks)}: every k must be at least 1")
+    ks = f"--ks {' '.join(map(str, args.ks))}"
+    check(args.ks and min(args.ks) > 0, f"{ks}: give numbers above 0, as in --ks 1 5 20")
     check(args.temperature > 0, f"--temperature {args.temperature} must be above 0")
-    cosine = args.metric == "cosine" or args.vote != "softmax"
-    check(cosine, "--vote softmax weighs by similarity; use --metric cosine")
     device = pick_device(args.device)
-    device = device if device.type == "cuda" else None
+    args = replace(args, device=str(device) if device.type == "cuda" else None)
 
-    inputs = read_inputs(args)
-    if args.pixels:
-        inputs += read_pixels(inputs, args.cache_dir)
+    runs = read_inputs(args)
+    # A run of each data set.
+    sources = {entry.meta.get("dataset"): entry for entry in runs} if args.pixels else {}
+    inputs = runs + [pixels_of(entry, args) for entry in sources.values()]
     # Compute everything before writing anything: a failure leaves earlier files as they are.
-    results = [evaluate(entry, args, device) for entry in inputs]
-    table = accuracy_table(results)
-    figures = {"knn": (inputs[0].folder / "knn.png", draw_sweep(results, list(table), args))}
-    for entry, result in zip(inputs, results):
-        figure = None if entry.pixels else draw_embedding(entry, result["classes"], args)
-        if figure:
-            path = entry.folder / f"{entry.prefix}embedding_2d.png"
-            figures[f"embedding_2d/{entry.name}"] = (path, figure)
-    write_files(inputs, results, figures)
-    report(results, table, args)
-    print("\nwrote knn.json, knn.csv and figures to", *{str(entry.folder) for entry in inputs})
-    log_results(results, table, figures, args)
+    results = [evaluate(entry, args) for entry in inputs]
+    files = report(results, args)
+    for entry in runs:
+        # A folder for each of several runs.
+        place = re.sub(r"[^\w.-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
+        files |= {place + name: content for name, content in details(entry, args).items()}
+    # Other options, another folder.
+    parts = ["knn", args.metric, args.vote, "whiten" * args.whiten]
+    name = "-".join(part for part in parts if part not in (Args.metric, Args.vote, ""))
+    folder = Path(args.output or (runs[0].folder if len(runs) == 1 else Path("runs")) / name)
+    with user_errors(f"cannot write to --output {str(folder)!r}", OSError):
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / name) as file:
+                file.write(content)
+    print(f"\nwrote {', '.join(name for name in files if '/' not in name)} to {folder}")
+    name = f"knn-{runs[0].column}"
+    tracker = Tracker(args, folder, name=name, group="knn", config=asdict(args))
+    for column, cells in summarize(results, "knn").items():
+        for k, (accuracy, _) in cells.items():
+            tracker.log({"k": k, f"knn/{column}": accuracy})
+    tracker.log({name[:-4]: folder / name for name in files if name.endswith(".png")})
+    tracker.finish()
     return results
 
 

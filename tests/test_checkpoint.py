@@ -93,7 +93,7 @@ def test_files_of_a_finished_run(method, finished, tiny):
     keys = "epoch step loss spread lr seconds samples_per_sec".split()
     records = read_log(folder)
     assert [record["step"] for record in records] == [3, 6, 9]
-    assert [list(record) for record in records] == [keys, keys, [*keys, "knn_acc"]]
+    assert [list(r) for r in records] == [keys, keys, [*keys, "effective_rank", "knn_acc"]]
     with Image.open(folder / "views.png") as views, Image.open(folder / "curves.png") as curves:
         # 8 rows of an image and 6 views of 64 pixels, with a border of 2.
         assert views.size == (7 * 66 + 2, 8 * 66 + 2)

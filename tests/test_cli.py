@@ -89,7 +89,7 @@ def test_method_refuses_bad_values(refused, tiny, name, changes, says):
         (["nowhere"], "'nowhere"),
         ([__file__], "test_cli.py"),
         (["{run}", "--ks", "0"], "--ks 0"),
-        (["{run}", "--ks"], "--ks is empty"),
+        (["{run}", "--ks"], "--ks : give numbers above 0"),
         pytest.param(["{run}", "--device", "cuda"], "--device cuda", marks=no_gpu),
     ],
     ids=str,

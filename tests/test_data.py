@@ -17,10 +17,11 @@ import torchvision
 from conftest import flags
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torchvision.transforms import v2
 
 import common
+import knn_eval
 import simclr
 
 CPU = torch.device("cpu")
@@ -536,34 +537,49 @@ def test_build_encoder_equals_torchvision(name, size):
 def test_embed_in_eval_mode():
     """Features of clean images, in order; the encoder's mode and statistics stay."""
     images, (encoder, _) = common.load_images("digits"), common.build_encoder("resnet10", 8, 16)
-    images.train_labels[5] = -1
-    features, labels = common.embed(encoder, images, "train")
+    features = common.embed(encoder, images, "train")
     # Width 16 has 8 * 16 features.
-    assert features.shape == (1437, 128) and encoder.training and not features.requires_grad
-    assert torch.equal(labels, images.train_labels) and not encoder.bn1.running_mean.any()
-    expected = encoder.eval()(common.normalize(images.train, images.mean, images.std)).detach()
-    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
-    few, labels = common.embed(encoder, images, "train", labelled_only=True)
-    assert not encoder.training and len(labels) == 1436
-    torch.testing.assert_close(few[5:], expected[6:], atol=1e-5, rtol=1e-4)
+    assert features.shape == (1437, 128) and features.dtype == np.float32 and encoder.training
+    assert not encoder.bn1.running_mean.any()
+    encoder.eval()
+    with torch.no_grad():
+        expected = encoder(common.normalize(images.train, images.mean, images.std)).numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-5, rtol=1e-4)
+    few = common.embed(encoder, images, "train", [7, 3])
+    assert not encoder.training
+    np.testing.assert_allclose(few, expected[[7, 3]], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("part", ["test", "train"])
 @pytest.mark.parametrize("k", [5, 10_000])
-def test_knn_monitor_equals_scikit_learn(k):
-    """knn_acc is KNeighborsClassifier's score with metric="cosine"; k is at most all images."""
+def test_knn_monitor_equals_scikit_learn(k, part):
+    """knn_acc is KNeighborsClassifier's, by leave-one-out without labelled test images."""
     images, encoder = common.load_images("digits"), torch.nn.Flatten()
-    train, test = (common.embed(encoder, images, part) for part in ("train", "test"))
-    knn = KNeighborsClassifier(min(k, 1437), metric="cosine").fit(*train)
-    expected = pytest.approx(knn.score(*test), abs=1e-9)
-    assert common.knn_monitor(encoder, images, k) == {"knn_acc": expected}
+    x, y = common.embed(encoder, images, "train"), images.train_labels.numpy()
+    if part == "test":
+        knn = KNeighborsClassifier(min(k, 1437), metric="cosine").fit(x, y)
+        expected = knn.score(common.embed(encoder, images, "test"), images.test_labels)
+    else:
+        images.test_labels.fill_(-1)
+        neighbors = NearestNeighbors(metric="cosine").fit(x).kneighbors(n_neighbors=min(k, 1436))[1]
+        votes = np.apply_along_axis(np.bincount, 1, y[neighbors], minlength=10)
+        expected = (votes.argmax(1) == y).mean()
+    found = common.knn_monitor(encoder, images, k)
+    assert found == dict(
+        effective_rank=pytest.approx(knn_eval.effective_rank(x)),
+        knn_acc=pytest.approx(expected, abs=1e-9),
+    )
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_labels_in_one_part_only(part):
-    """Without labels in one part, kNN is not evaluated."""
+def test_knn_monitor_without_labels():
+    """Unlabelled training images give the effective rank only."""
     images = common.load_images("digits")
-    getattr(images, f"{part}_labels").fill_(-1)
-    assert common.knn_monitor(torch.nn.Flatten(), images, 5) == {}
+    images.train_labels.fill_(-1)
+    images.train = images.train.repeat(3, 1, 1, 1)
+    images.train_labels = images.train_labels.repeat(3)
+    found = common.knn_monitor(torch.nn.Flatten(), images, 5)
+    expected = knn_eval.effective_rank(common.embed(torch.nn.Flatten(), images, "train")[::3])
+    assert found == dict(effective_rank=pytest.approx(expected))
 
 
 def test_spread_of_embeddings():

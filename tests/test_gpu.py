@@ -162,31 +162,30 @@ def test_embeddings_of_a_gpu_equal_the_cpu(method, tiny):
     folder = method.main(method.Args(**tiny(device=DEVICE, epochs=1, precision="fp32")))
     encoder, _ = common.load_encoder(folder / "encoder.pt")
     images = common.load_images("npz", tiny()["data_dir"])
-    expected, _ = common.embed(encoder, images, "train")
-    found = torch.from_numpy(np.load(folder / "embeddings.npz")["train_features"])
+    expected = common.embed(encoder, images, "train")
+    found = np.load(folder / "embeddings.npz")["train_features"]
     # cuDNN's convolutions may use TF32.
-    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
 
 
 # ---------------------------------------------------------------- nearest neighbors
 
 
-@pytest.mark.parametrize("vote", ["uniform", "distance"])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("budget", [2**28, 2**16])
-def test_knn_sweep_equals_scikit_learn(metric, vote, budget, monkeypatch):
-    """In one block and in many."""
-    monkeypatch.setattr(knn_eval, "BUDGET", budget)
+@pytest.mark.parametrize("chunk", [512, 7])
+def test_knn_sweep_equals_scikit_learn(metric, chunk, monkeypatch):
+    """In large chunks and in small ones."""
+    monkeypatch.setattr(knn_eval, "CHUNK", chunk)
     train, labels, test, _ = clusters()
     device = torch.device(DEVICE)
-    found = knn_eval.knn_sweep(train, labels, test, KS, metric=metric, vote=vote, device=device)
+    found = knn_eval.knn_sweep(train, labels, test, KS, metric=metric, device=device)
     a, b = (normalize(train), normalize(test)) if metric == "cosine" else (train, test)
     for k in KS:
-        expected = KNeighborsClassifier(k, weights=vote).fit(a, labels).predict(b)
+        expected = KNeighborsClassifier(k).fit(a, labels).predict(b)
         assert (found[k] == expected).all()
 
 
-@pytest.mark.parametrize("vote", ["uniform", "balanced", "softmax"])
+@pytest.mark.parametrize("vote", ["uniform", "softmax"])
 def test_knn_sweep_leave_one_out_equals_the_cpu(vote):
     """test_features None: each training point is left out."""
     train, labels, _, _ = clusters()

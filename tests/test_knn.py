@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
+from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.model_selection import LeaveOneOut, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import normalize
 
 import knn_eval
-from knn_eval import knn_sweep
+from knn_eval import effective_rank, knn_sweep, whiten
 
 KS = (1, 2, 3, 4, 5, 10, 20, 50, 70, 100, 200, 500, 1000)
 
@@ -52,15 +55,14 @@ def uniform(distances, labels, i):
     return np.ones(len(distances))
 
 
-@pytest.mark.parametrize("vote", ["uniform", "distance"])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("data", [clusters, digits])
-def test_knn_sweep_equals_scikit_learn(data, dtype, metric, vote):
+def test_knn_sweep_equals_scikit_learn(data, dtype, metric):
     """Every prediction is KNeighborsClassifier's, unless a tie of two labels straddles k."""
     train, labels, test, _ = data()
     train, test = train.astype(dtype), test.astype(dtype)
-    found = knn_sweep(train, labels, test, KS, metric=metric, vote=vote)
+    found = knn_sweep(train, labels, test, KS, metric=metric)
     a, b = (normalize(train), normalize(test)) if metric == "cosine" else (train, test)
     squared = ((b.astype(np.float64)[:, None] - a.astype(np.float64)) ** 2).sum(2)
     ascending, excluded = np.sort(squared, axis=1), 0
@@ -70,7 +72,7 @@ def test_knn_sweep_equals_scikit_learn(data, dtype, metric, vote):
         tied = np.flatnonzero(following - last <= 1e-12 * following)
         at_k = [labels[np.abs(squared[i] - last[i]) <= 1e-12 * last[i]] for i in tied]
         tied = [i for i, group in zip(tied, at_k) if len(set(group)) > 1]
-        expected = KNeighborsClassifier(k, weights=vote).fit(a, labels).predict(b)
+        expected = KNeighborsClassifier(k).fit(a, labels).predict(b)
         assert (np.delete(found[k], tied) == np.delete(expected, tied)).all()
         excluded += len(tied)
     assert excluded <= (0.08 * len(test) * len(KS) if data is digits else 0)
@@ -111,26 +113,6 @@ def test_softmax_vote_equals_naive_loop(temperature):
     assert (found[400] != knn_sweep(train, labels, test, [400])[400]).any()
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_balanced_vote_equals_naive_loop(leave_one_out):
-    """vote="balanced" divides by the class size, without the point itself under leave-one-out."""
-    train, labels, test, _ = clusters(120, 100, classes=5)
-    labels = np.where(labels > 1, 4, labels)
-    test = train if leave_one_out else test
-    sizes = np.bincount(labels)
-
-    def share(distances, found, i):
-        own = (found == labels[i]) if leave_one_out else 0
-        return 1 / (sizes[found] - own)
-
-    queries = None if leave_one_out else test
-    found = knn_sweep(train, labels, queries, [7, 60], vote="balanced")
-    for k in found:
-        expected = naive(normalize(train), labels, normalize(test), k, share, leave_one_out)
-        assert (found[k] == expected).all()
-    assert (found[60] != knn_sweep(train, labels, queries, [60])[60]).any()
-
-
 def test_smallest_label_wins_tied_vote():
     """At k = 2, two neighbors of different labels give the smaller one, whichever is nearer."""
     train = np.array([[0.0], [1.0], [10.0], [11.0]])
@@ -140,26 +122,43 @@ def test_smallest_label_wins_tied_vote():
 
 
 @pytest.mark.parametrize("queries", ["test", "leave-one-out"])
-@pytest.mark.parametrize("vote", ["uniform", "distance", "softmax", "balanced"])
+@pytest.mark.parametrize("vote", ["uniform", "softmax"])
 def test_torch_device_and_small_chunks_equal_scikit_learn(vote, queries, monkeypatch):
-    """device="cpu" and a small BUDGET, with many blocks and chunks, change no prediction."""
+    """device="cpu" and a small CHUNK change no prediction."""
     train, labels, test, _ = clusters(160, 40)
     test = test if queries == "test" else None
     expected = knn_sweep(train, labels, test, [1, 4, 30], vote=vote)
-    for budget in (2**28, 2**14):
-        monkeypatch.setattr(knn_eval, "BUDGET", budget)
+    for chunk in (512, 7):
+        monkeypatch.setattr(knn_eval, "CHUNK", chunk)
         for device in (None, "cpu"):
             found = knn_sweep(train, labels, test, [1, 4, 30], vote=vote, device=device)
-            assert all((found[k] == expected[k]).all() for k in expected), (budget, device)
+            assert all((found[k] == expected[k]).all() for k in expected), (chunk, device)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_collapsed_features_give_majority_class(metric):
-    """Equal training points have no nearest ones: every k predicts the largest class."""
-    labels = np.array([2, 2, 5, 5, 5, 5, 9, 2, 9, 9])
-    for value in (0, 0.1):
-        found = knn_sweep(np.full((10, 4), value), labels, np.ones((3, 4)), [1, 6], metric=metric)
-        assert {k: set(predicted) for k, predicted in found.items()} == {1: {5}, 6: {5}}
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_groups_in_leave_one_out_equal_naive_loop(device):
+    """A training point is predicted from the points of other groups only."""
+    train, labels, _, _ = clusters(200, 1)
+    groups = np.random.default_rng(1).integers(0, 20, 200)
+    most = 200 - np.bincount(groups).max()
+    found = knn_sweep(train, labels, None, [1, 5, most], "euclidean", device=device, groups=groups)
+    for k in found:
+        for i in range(200):
+            others = groups != groups[i]
+            (expected,) = naive(train[others], labels[others], train[i : i + 1], k, uniform)
+            assert found[k][i] == expected
+    with pytest.raises(ValueError):
+        knn_sweep(train, labels, None, [most + 1], groups=groups)
+
+
+def test_shares_are_the_votes_of_the_predicted_label():
+    """return_shares gives the share of the k neighbors that have the predicted label."""
+    train, labels, test, _ = clusters(200, 40, classes=3)
+    predictions, shares = knn_sweep(train, labels, test, [1, 7], "euclidean", return_shares=True)
+    for k in (1, 7):
+        neighbors = NearestNeighbors(n_neighbors=k).fit(train).kneighbors(test)[1]
+        expected = (labels[neighbors] == predictions[k][:, None]).mean(axis=1)
+        np.testing.assert_allclose(shares[k], expected)
 
 
 BAD_ARGUMENTS = {
@@ -167,7 +166,7 @@ BAD_ARGUMENTS = {
     "k above n": dict(ks=[301]),
     "metric": dict(metric="manhattan"),
     "vote": dict(vote="loud"),
-    "softmax of euclidean": dict(vote="softmax", metric="euclidean"),
+    "other length": dict(train_labels=[0, 1]),
 }
 
 
@@ -192,6 +191,35 @@ def test_file_alone_gives_knn_sweep(tmp_path):
     assert done.stdout == "{1: array([0, 1, 2, 3])}\n" and done.stderr == ""
 
 
+# ---------------------------------------------------------------- monitors
+
+
+def test_effective_rank_of_features_of_known_rank():
+    """r equal singular values have effective rank r; the formula in float64 for others."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 10)))[0] for n in (500, 32))
+    for rank in (1, 4, 10):
+        features = (left[:, :rank] @ right[:, :rank].T).astype(np.float32)
+        assert effective_rank(features) == pytest.approx(rank, rel=1e-4)
+    assert effective_rank(np.zeros((50, 8), np.float32)) == pytest.approx(1)
+    features = rng.normal(size=(6000, 8)) * np.arange(1, 9)
+    values = np.sqrt(np.linalg.eigvalsh(features[::3].T @ features[::3]))
+    shares = values / values.sum()
+    assert effective_rank(features) == pytest.approx(np.prod(shares**-shares))
+
+
+def test_whitened_features_have_unit_covariance():
+    """ZCA is the symmetric map that makes the training covariance the identity."""
+    train, _, test, _ = clusters(500, 40, dim=6, dtype=np.float64)
+    x, y = whiten(train, test, ridge=0)
+    np.testing.assert_allclose(np.cov(x, rowvar=False), np.eye(6), atol=1e-9)
+    root = np.real(scipy.linalg.sqrtm(np.cov(train, rowvar=False)))
+    np.testing.assert_allclose(y @ root + train.mean(0), test, atol=1e-9)
+
+
+# ---------------------------------------------------------------- the command line
+
+
 META = dict(dataset="digits", data_dir="data", image_size=8, encoder="resnet18", epochs=60, seed=1)
 
 
@@ -206,127 +234,306 @@ def write(path, **arrays):
     return arrays
 
 
-def knn_json(folder, prefix=""):
-    return json.loads((Path(folder) / f"{prefix}knn.json").read_text())
+def results(folder):
+    return json.loads((Path(folder) / "knn.json").read_text())["results"]
 
 
-@pytest.mark.parametrize("projection", ["pca", "tsne"])
-def test_run_folder_gets_all_files(run_cli, tmp_path, projection):
-    """--confusion --probe: knn.json, knn.csv and stdout hold the accuracies of knn_sweep."""
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_gets_a_folder_with_all_files(run_cli, tmp_path):
+    """knn/ in the run's folder: knn.json, knn.csv, results.csv and stdout hold the accuracies."""
     run = tmp_path / "a b"
-    data = write(run / "embeddings.npz")
-    done = run_cli(knn_eval, run, "--confusion", "--probe", "--embedding-2d", projection)
+    train, labels, test, truth, *_ = write(run / "embeddings.npz").values()
+    done = run_cli(knn_eval, run)
     assert done.status == 0 and done.err == ""
-    train, labels, test, truth, *_ = data.values()
-    predicted, loo = (knn_sweep(train, labels, queries, KS[:10]) for queries in (test, None))
-    result = knn_json(run)
-    with open(run / "knn.csv") as file:
-        lines = list(csv.DictReader(file))
-    assert result["meta"] == META and result["name"] == "a_b"
-    assert (
-        [int(line["k"]) for line in lines] == [row["k"] for row in result["sweep"]] == list(KS[:10])
-    )
-    for row, line in zip(result["sweep"], lines):
-        correct = predicted[row["k"]] == truth
-        per_class = [correct[truth == c].mean() for c in range(3)]
-        assert row["accuracy"] == float(line["accuracy"]) == correct.mean()
-        assert row["leave_one_out"] == (loo[row["k"]] == labels).mean()
-        assert row["per_class"] == pytest.approx(per_class)
-        assert row["balanced_accuracy"] == pytest.approx(np.mean(per_class))
-        assert row["low"] < row["accuracy"] < row["high"]
-    best = max(row["leave_one_out"] for row in result["sweep"])
-    chosen = min(row["k"] for row in result["sweep"] if row["leave_one_out"] == best)
-    pairs = [[((truth == i) & (predicted[chosen] == j)).sum() for j in range(3)] for i in range(3)]
-    assert result["confusion"] == {"classes": ["ant", "bee", "cat"], "true_by_predicted": pairs}
-    accuracy = 100 * (predicted[chosen] == truth).mean()
-    assert f"[1] chosen k = {chosen}, test accuracy = {accuracy:.2f} % (95 %" in done.out
-    assert "a_b: dropped every k above 160" in done.out
-    assert "[1] a_b: n_train 160, n_test 60, D 8, encoder resnet18, epochs 60, seed 1" in done.out
-    assert f"test accuracy = {100 * result['probe']['test_accuracy']:.2f} % (C = " in done.out
-    names = {"embeddings.npz", "knn.json", "knn.csv", "knn.png", "embedding_2d.png"}
-    assert {path.name for path in run.iterdir()} == names
-    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in names if "png" in name)
+    ks = KS[:10]
+    predicted, loo = (knn_sweep(train, labels, queries, ks) for queries in (test, None))
+    (result,) = results(run / "knn")
+    accuracy = {k: (predicted[k] == truth).mean() for k in ks}
+    leave_one_out = {str(k): (loo[k] == labels).mean() for k in ks}
+    chosen = max(ks, key=lambda k: leave_one_out[str(k)])
+    assert result["meta"] == META and result["name"] == str(run)
+    assert result["k"] == chosen and result["leave_one_out"] == leave_one_out
+    lines = {line["k"]: float(line["mean"]) for line in rows(run / "knn/knn.csv")}
+    assert lines == {**{str(k): a for k, a in accuracy.items()}, "chosen k": accuracy[chosen]}
+    correct = predicted[chosen] == truth
+    recalls = {n: correct[truth == c].mean() for c, n in enumerate(["ant", "bee", "cat"])}
+    assert result["per_class"] == pytest.approx(recalls)
+    assert result["low"] < result["accuracy"] < result["high"]
+    assert f"k = {chosen}, test accuracy = {100 * accuracy[chosen]:.2f} % (" in done.out
+    (line,) = rows(run / "knn/results.csv")
+    assert float(line["accuracy"]) == accuracy[chosen] and line["encoder"] == "resnet18"
+    names = "embedding_2d.png knn.csv knn.json knn.png labels.csv labels.png pairs.csv results.csv"
+    found = sorted(path.name for path in (run / "knn").iterdir())
+    assert found == [*names.split(), "suspects.csv"]
 
 
 def test_k_is_chosen_without_test_labels(run_cli, tmp_path):
-    """Other test labels change the accuracy, not the chosen k; --no-loo chooses none."""
+    """Other test labels change the accuracy, not the chosen k."""
     data = write(tmp_path / "a.npz")
     write(tmp_path / "b.npz", test_labels=np.roll(data["test_labels"], 7))
     run_cli(knn_eval, tmp_path / "a.npz", tmp_path / "b.npz")
-    a, b = (knn_json(tmp_path, prefix) for prefix in ("a-", "b-"))
-    assert a["chosen_k"] == b["chosen_k"] and a["test_accuracy"] != b["test_accuracy"]
-    out = run_cli(knn_eval, tmp_path / "a.npz", "--no-loo", "--ks", 1, 5).out
-    assert "no k chosen" in out and knn_json(tmp_path)["chosen_k"] is None
+    a, b = results("runs/knn")
+    assert a["k"] == b["k"] and a["accuracy"] != b["accuracy"]
 
 
-def test_every_run_and_pixels(run_cli, refused, tmp_path, monkeypatch):
-    """Without inputs every run under runs/ is evaluated; --pixels adds its data set."""
+def test_leave_one_out_without_test_images(run_cli, tmp_path):
+    """Without test images or their labels, the result is the leave-one-out accuracy."""
+    for changes in (dict(test_features=None, test_labels=None), dict(test_labels=None)):
+        data = write(tmp_path / "a.npz", **changes)
+        done = run_cli(knn_eval, tmp_path / "a.npz")
+        found = knn_sweep(data["train_features"], data["train_labels"], None, KS[:10])
+        accuracy = max(100 * (found[k] == data["train_labels"]).mean() for k in found)
+        assert done.status == 0 and done.err == ""
+        assert f"leave-one-out accuracy = {accuracy:.2f} %" in done.out
+        assert rows(tmp_path / "knn/labels.csv")
+
+
+def test_groups_change_the_chosen_k(run_cli, tmp_path):
+    """Near-copies in one group: k = 1 is perfect only without train_groups."""
+    train, labels, _, _ = clusters(60, 1, dim=8, classes=3)
+    copies = np.repeat(train, 3, axis=0) + 1e-3 * np.random.default_rng(0).normal(size=(180, 8))
+    arrays = dict(train_features=copies, train_labels=np.repeat(labels, 3))
+    groups = np.repeat([f"patient {i}" for i in range(60)], 3)
+    for name, value in dict(with_groups=groups, without=None).items():
+        write(tmp_path / f"{name}.npz", **arrays, train_groups=value)
+        run_cli(knn_eval, tmp_path / f"{name}.npz", "--output", tmp_path / name)
+    (grouped,), (single,) = results(tmp_path / "with_groups"), results(tmp_path / "without")
+    assert single["k"] == 1 and single["leave_one_out"]["1"] == 1
+    assert grouped["k"] > 1 and grouped["leave_one_out"]["1"] < 0.95
+    # The copies are not pairs, nor each other's evidence.
+    pairs = [rows(tmp_path / name / "pairs.csv")[0] for name in ("with_groups", "without")]
+    assert float(pairs[0]["similarity"]) < 0.999 < float(pairs[1]["similarity"])
+
+
+# ---------------------------------------------------------------- few labels
+
+
+def test_labels_needed_equals_scikit_learn(run_cli, tmp_path):
+    """Each draw: KNeighborsClassifier on n labels a class, k by leave-one-out among them."""
+    data = write(tmp_path / "a.npz")
+    words = ["--labels-per-class", 1, 4, "--ks", 1, 3, "--probe"]
+    assert run_cli(knn_eval, tmp_path / "a.npz", *words).status == 0
+    (result,) = results(tmp_path / "knn")
+    train, labels, test, truth = [*data.values()][:4]
+    train, test = normalize(train), normalize(test)
+    for n, table in result["tables"]["labels"].items():
+        for seed, accuracy in enumerate([] if n == "all" else table):
+            order = np.random.default_rng(seed).permutation(len(labels))
+            known = [i for c in range(3) for i in order[labels[order] == c][: int(n)]]
+            x, y = train[known], labels[known]
+            scores = {
+                k: cross_val_score(KNeighborsClassifier(k), x, y, cv=LeaveOneOut()).mean()
+                for k in (1, 3)[: 1 + (n == "4")]
+            }
+            model = KNeighborsClassifier(max(scores, key=scores.get)).fit(x, y)
+            assert accuracy == pytest.approx(model.score(test, truth)), (n, seed)
+    assert result["tables"]["labels"]["all"] == result["accuracy"]
+    probe = result["tables"]["probe"]
+    assert len(probe["1"]) == 20 and np.mean(probe["1"]) < np.mean(probe["4"]) < probe["all"]
+
+
+def test_labels_needed_draws_the_same_images_for_all_inputs(run_cli, tmp_path):
+    """Equal features give equal tables, and pixels of the digits less than trained features."""
+    data = write(tmp_path / "a.npz")
+    write(tmp_path / "b.npz", train_features=data["train_features"] * 2)
+    words = ["--labels-per-class", 1, 100]
+    run_cli(knn_eval, tmp_path / "a.npz", tmp_path / "b.npz", *words)
+    a, b = (result["tables"]["labels"] for result in results("runs/knn"))
+    # No class has 100 images.
+    assert a == b and list(a) == ["1", "all"] and len(set(a["1"])) > 5
+    run_cli(knn_eval, tmp_path / "a.npz", "--labels-per-class")
+    assert not (tmp_path / "knn/labels.csv").exists()
+
+
+# ---------------------------------------------------------------- pairs and suspects
+
+
+def test_pairs_and_leaks(run_cli, tmp_path):
+    """Planted copies come first in pairs.csv, and copies across the splits are counted."""
+    train, labels, test, truth = clusters(160, 60, dim=8, classes=3)
+    train[7], test[3], test[5] = train[40] + 1e-4, train[11], train[12]
+    names = [np.array([f"{part}/{i}.jpg" for i in range(n)]) for part, n in (("a", 160), ("b", 60))]
+    arrays = dict(train_features=train, test_features=test)
+    write(tmp_path / "x.npz", **arrays, train_files=names[0], test_files=names[1])
+    done = run_cli(knn_eval, tmp_path / "x.npz")
+    lines = rows(tmp_path / "knn/pairs.csv")
+    assert [line["part"] for line in lines] == ["train"] * 100 + ["test"] * 100
+    assert {lines[0]["file"], lines[0]["train_file"]} == {"a/7.jpg", "a/40.jpg"}
+    pairs = {(line["file"], line["train_file"]) for line in lines[100:102]}
+    assert pairs == {("b/3.jpg", "a/11.jpg"), ("b/5.jpg", "a/12.jpg")}
+    assert "2 test images have the features of a training image" in done.out
+    x = normalize(train.astype(np.float64))
+    expected = np.sort((x @ x.T)[np.triu_indices(160, 1)])[::-1][:100]
+    found = [float(line["similarity"]) for line in lines[:100]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_suspects_find_flipped_labels(run_cli, tmp_path):
+    """Of 5 % flipped labels of the digits' pixels, most are in the first 5 % of suspects.csv."""
+    images, labels, test, truth = digits()
+    flipped = np.random.default_rng(0).permutation(1400)[:70]
+    wrong = labels.copy()
+    wrong[flipped] = (labels[flipped] + 1 + np.arange(70) % 9) % 10
+    arrays = dict(train_features=images, train_labels=wrong, test_features=test, test_labels=truth)
+    write(tmp_path / "a.npz", **arrays, class_names=None)
+    run_cli(knn_eval, tmp_path / "a.npz", "--labels-per-class")
+    lines = rows(tmp_path / "knn/suspects.csv")
+    shares = [float(line["share"]) for line in lines]
+    assert shares == sorted(shares, reverse=True)
+    found = {int(line["file"]) for line in lines[:70]}
+    assert len(found & {*flipped.tolist()}) >= 60
+    says = {int(line["file"]): int(line["neighbors_say"]) for line in lines}
+    assert np.mean([says.get(i) == labels[i] for i in flipped.tolist()]) > 0.9
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def test_seeds_are_one_column(run_cli, tmp_path):
+    """Runs that differ in the seed only are averaged; others are named by the flags that differ."""
+    for seed, ema in ((1, 0.9), (2, 0.9), (1, 0.99)):
+        train, labels, test, truth = clusters(160, 60, dim=8, classes=3, seed=seed)
+        arrays = dict(train_features=train, test_features=test + ema)
+        meta = np.array(json.dumps(dict(META, method="byol", seed=seed, ema=ema)))
+        write(tmp_path / f"{seed}-{ema}/embeddings.npz", **arrays, meta=meta)
+    inputs = sorted(tmp_path.glob("*-*"))
+    done = run_cli(knn_eval, *inputs, "--ks", 1, 5)
+    header = next(line for line in done.out.splitlines() if line.split()[:1] == ["k"])
+    assert header.split("  ")[-2:] == ["byol ema 0.9", "byol ema 0.99"]
+    accuracies = {r["name"]: r["tables"]["knn"]["5"] for r in results("runs/knn")}
+    pair = [accuracies[str(tmp_path / f"{seed}-0.9")] for seed in (1, 2)]
+    (line,) = [
+        r for r in rows("runs/knn/knn.csv") if (r["column"], r["k"]) == ("byol ema 0.9", "5")
+    ]
+    assert float(line["mean"]) == pytest.approx(np.mean(pair))
+    assert float(line["std"]) == pytest.approx(np.std(pair, ddof=1))
+    names = {path.name for path in Path("runs/knn").glob("*/")}
+    assert len(names) == 3 and len(rows("runs/knn/results.csv")) == 3
+    run_cli(knn_eval, *inputs, "--no-group-seeds", "--ks", 5)
+    assert len({line["column"] for line in rows("runs/knn/knn.csv")}) == 3
+
+
+def test_table_formats(run_cli, tmp_path):
+    """--table md and latex print the numbers of the aligned text."""
+    write(tmp_path / "a_b.npz")
+    text, md, latex = (
+        run_cli(knn_eval, tmp_path / "a_b.npz", "--ks", 1, 5, "--table", style).out
+        for style in ("text", "md", "latex")
+    )
+    cells = [line.split() for line in text.splitlines() if line.split()[:1] in (["1"], ["5"])]
+    for _, *values in cells:
+        assert f"| {values[0]} " in " ".join(md.split())
+        assert f"& {values[0]} " in " ".join(latex.split())
+    assert r"\begin{tabular}{lr}" in latex and r"a\_b" in latex and r"$\pm$" in latex
+    lines = [line for line in md.splitlines() if line.startswith("|")]
+    assert all(line.count("|") == 3 for line in lines) and set(lines[1]) == set("|- ")
+
+
+def test_other_options_go_to_another_folder(run_cli, tmp_path):
+    """A second evaluation with other options does not replace the files of the first."""
+    write(tmp_path / "embeddings.npz")
+    for words, name in (
+        ([], "knn"),
+        (["--metric", "euclidean"], "knn-euclidean"),
+        (["--vote", "softmax", "--whiten"], "knn-softmax-whiten"),
+    ):
+        done = run_cli(knn_eval, tmp_path, *words, "--ks", 5)
+        assert f"to {tmp_path / name}" in done.out and results(tmp_path / name)
+    accuracies = {results(path)[0]["accuracy"] for path in tmp_path.glob("knn*")}
+    assert len(accuracies) > 1
+
+
+def test_every_run_and_pixels(run_cli, refused, finished, monkeypatch):
+    """Without inputs every finished run under runs/ is evaluated; --pixels adds its data set."""
     from common import load_images
 
     assert "no run" in refused(knn_eval).err
-    write(Path("runs/one/embeddings.npz"))
-    write(Path("runs/two/embeddings.npz"))
+    for name in ("simclr", "byol"):
+        shutil.copytree(finished(name), f"runs/{name}")
     Path("runs/unfinished").mkdir()
     done = run_cli(knn_eval, "--pixels", "--ks", 1, 3)
-    assert done.err.startswith("left out: ") and "unfinished" in done.err
-    assert "[3] pixels of digits: n_train 1437, n_test 360, D 64" in done.out
-    assert knn_json("runs/one")["name"] == "one" and knn_json("runs/two")["name"] == "two"
-    images, result = load_images("digits", "data"), knn_json("runs/one", "pixels-")
-    train, test = (part.numpy()[:, 0].reshape(-1, 64) for part in (images.train, images.test))
+    assert done.status == 0 and not done.err
+    images = load_images("npz", results("runs/knn")[0]["meta"]["data_dir"])
+    train, test = (part.numpy().reshape(len(part), -1) for part in (images.train, images.test))
     found = knn_sweep(train, images.train_labels.numpy(), test, [1, 3])
-    expected = [(found[k] == images.test_labels.numpy()).mean() for k in found]
-    assert [row["accuracy"] for row in result["sweep"]] == expected
+    expected = {str(k): (found[k] == images.test_labels.numpy()).mean() for k in found}
+    byol, simclr, pixels = results("runs/knn")
+    assert (byol["name"], pixels["column"]) == ("runs/byol", "pixels of npz")
+    assert expected.items() <= pixels["tables"]["knn"].items()
+    for name in ("byol", "simclr"):
+        with Image.open(f"runs/knn/runs_{name}/neighbors.png") as picture:
+            picture.load()
+    # A second call does not take runs/knn for a run.
+    assert run_cli(knn_eval, "--ks", 1).status == 0 and len(results("runs/knn")) == 2
 
 
-def test_output_folder_keeps_equal_names_apart(run_cli, finished, tmp_path):
-    """--output: one folder for all inputs, equal names numbered; also of a run of simclr.py."""
-    write(tmp_path / "simclr/embeddings.npz")
-    words = [finished("simclr"), tmp_path / "simclr/embeddings.npz", "--embedding-2d", "none"]
-    assert run_cli(knn_eval, *words, "--output", tmp_path / "new/out").status == 0
-    names = [f"simclr-{i}-knn.{ending}" for i in (1, 2) for ending in ("csv", "json")]
-    assert sorted(path.name for path in (tmp_path / "new/out").iterdir()) == ["knn.png", *names]
+def test_pictures_only_of_the_same_images(run_cli, finished, tmp_path):
+    """Data that has moved is one note; a missing data set is not downloaded."""
+    with np.load(finished("simclr") / "embeddings.npz") as file:
+        arrays = dict(file)
+    moved, other = "no pictures: --data-dir 'moved' does not exist", "'data' have changed"
+    for dataset, says in (("npz", moved), ("cifar10", moved), ("digits", other)):
+        meta = dict(META, dataset=dataset, data_dir="moved" if says == moved else "data")
+        np.savez(tmp_path / "a.npz", **arrays | dict(meta=np.array(json.dumps(meta))))
+        done = run_cli(knn_eval, tmp_path / "a.npz", "--ks", 1)
+        assert done.status == 0 and done.out.count(says) == 1
+        assert not (tmp_path / "knn/neighbors.png").exists()
+        assert (tmp_path / "knn/embedding_2d.png").exists()
 
 
-def test_unlabelled_rows_are_dropped(run_cli, tmp_path):
-    """Label -1 is dropped with a note; classes missing from one split keep their names."""
+def test_unlabelled_run(run_cli, finished, tmp_path):
+    """Without labels: effective rank, pairs, neighbors and the 2-D plot, no accuracies."""
+    shutil.copytree(finished("simclr"), tmp_path / "run")
+    with np.load(tmp_path / "run/embeddings.npz") as file:
+        arrays = {name: file[name] for name in file if "labels" not in name}
+    np.savez(tmp_path / "run/embeddings.npz", **arrays)
+    done = run_cli(knn_eval, tmp_path / "run")
+    assert done.status == 0 and not done.err and "accuracy" not in done.out
+    names = {path.name for path in (tmp_path / "run/knn").iterdir()}
+    assert names == set("embedding_2d.png knn.json neighbors.png pairs.csv results.csv".split())
+
+
+def test_unlabelled_rows_do_not_vote(run_cli, tmp_path):
+    """Label -1 is left out; classes missing from one split keep their names."""
     train, labels, test, truth = clusters(160, 60, dim=8, classes=3)
     kept, seen = np.arange(160) % 4 > 0, truth != 2
-    unlabelled = dict(
-        train_labels=np.where(kept, labels, -1), test_labels=np.where(seen, truth, -1)
-    )
-    write(tmp_path / "a.npz", **unlabelled)
-    done = run_cli(knn_eval, tmp_path / "a.npz", "--ks", 7, "--confusion")
-    result = knn_json(tmp_path)
-    assert "dropped 40 unlabelled of 160 train images" in done.out
+    partly = dict(train_labels=np.where(kept, labels, -1), test_labels=np.where(seen, truth, -1))
+    write(tmp_path / "a.npz", **partly)
+    run_cli(knn_eval, tmp_path / "a.npz", "--ks", 7)
+    (result,) = results(tmp_path / "knn")
     found = knn_sweep(train[kept], labels[kept], test[seen], [7])[7]
-    assert result["test_accuracy"] == (found == truth[seen]).mean()
-    assert result["classes"] == ["ant", "bee"] and len(result["confusion"]["classes"]) == 3
+    assert result["accuracy"] == (found == truth[seen]).mean()
+    assert [*result["per_class"]] == ["ant", "bee"] and result["n_train"] == 120
 
 
-@pytest.mark.parametrize("n, dim, classes, scale", [(1, 1, 1, 1), (30, 1, 2, 1), (50, 4, 3, 0)])
+@pytest.mark.parametrize("n, dim, classes, scale", [(2, 1, 1, 1), (30, 1, 2, 1), (50, 8, 3, 0)])
 def test_tiny_and_collapsed_features(run_cli, tmp_path, n, dim, classes, scale):
-    """One point, one dimension, a collapsed encoder: an answer without warnings."""
-    features, labels = (
-        scale * np.random.default_rng(0).normal(size=(n, dim)),
-        np.arange(n) % classes,
-    )
+    """Two points, one dimension, a collapsed encoder: an answer without warnings."""
+    features = scale * np.random.default_rng(0).normal(size=(n, dim))
+    labels = np.arange(n) % classes
     arrays = dict(train_features=features, train_labels=labels, class_names=None)
     write(tmp_path / "a.npz", test_features=features, test_labels=labels, **arrays)
-    done = run_cli(knn_eval, tmp_path / "a.npz", "--embedding-2d", "tsne", "--probe")
-    assert done.status == 0 and done.err == "", done
+    for words in ([], ["--whiten"], ["--embedding-2d", "tsne"]):
+        done = run_cli(knn_eval, tmp_path / "a.npz", *words)
+        assert done.status == 0 and done.err == "" and not done.warnings, done
 
 
 MISTAKES = {
-    "missing array": (dict(test_labels=None), [], "test_labels"),
-    "integer features": (dict(train_features=np.ones((160, 8), int)), [], "train_features"),
-    "float labels": (dict(test_labels=np.ones(60)), [], "test_labels"),
-    "nan": (dict(test_features=np.full((60, 8), np.nan)), [], "not finite"),
-    "other width": (dict(test_features=np.ones((60, 7))), [], "7"),
-    "all unlabelled": (dict(test_labels=np.full(60, -1)), [], "unlabelled"),
-    "meta": (dict(meta=np.array("[1]")), [], "meta"),
-    "k above n": ({}, ["--ks", 500], "160 training points"),
+    "missing array": (dict(train_features=None), [], "train_features"),
+    "text": (dict(train_features=np.full((160, 8), "a")), [], "a.npz"),
+    "float labels": (dict(test_labels=np.ones(60)), [], "a.npz"),
+    "few labels": (dict(test_labels=np.ones(59, int)), [], "a.npz"),
+    "scalar": (dict(train_features=np.array(1.0)), [], "a.npz"),
+    "nan": (dict(test_features=np.full((60, 8), np.nan)), [], "test_features contains NaN"),
+    "other width": (dict(test_features=np.ones((60, 7))), [], "[8, 7]"),
+    "no row": (dict(train_features=np.ones((0, 8))), [], "0 sample"),
+    "meta": (dict(meta=np.array("[1]")), [], "a.npz"),
+    "k above n": ({}, ["--ks", 500], "--ks 500 is above 159"),
     "temperature": ({}, ["--temperature", 0], "--temperature 0"),
-    "softmax": ({}, ["--vote", "softmax", "--metric", "euclidean"], "--metric cosine"),
     "output": ({}, ["--output", __file__], "--output"),
     "pixels": (dict(meta=np.array("{}")), ["--pixels"], "--pixels"),
 }
