@@ -22,11 +22,14 @@ READMES = ["README.md", "benchmarks/README.md"]
 BARE = "byol --projection-layers 0 --ema 0.99 --ema-schedule constant"
 COLUMNS = {"pixels": "pixels", "untrained": "untrained encoder", "simclr": "SimCLR"}
 COLUMNS |= {"byol": "BYOL", BARE: "BYOL, bare target", "barlow_twins": "Barlow Twins"}
-PLOTS = {
+SETS = {
     "digits": "Digits, default runs, three seeds",
     "fashion_mnist": "Fashion-MNIST, short runs",
     "cifar10_jpeg": "CIFAR-10 (JPEG q75), short runs",
 }
+# Name of a plot: data set, recorded table, title.
+PLOTS = {data: (data, "accuracy", title) for data, title in SETS.items()}
+PLOTS["digits-labels"] = ("digits", "labels", "Digits with few labels, three seeds")
 NOISE = {"again/step": "full step / itself (noise)"}
 STEP = {"step/model": "full step / forward and backward only"}
 STEP |= {"variant/step": "bf16 / float32", **NOISE}
@@ -53,14 +56,21 @@ def rows(header, lines):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in table)
 
 
-def accuracies(data):
-    """{name: list of {k: accuracy in %}} over the seeds recorded for one data set."""
+def recorded(data):
+    """{name: the recorded lines of one data set, a seed each}."""
     found = {}
     for line in map(json.loads, (RESULTS / "accuracy-cpu.jsonl").open()):
         if line["data"] == data:
-            accuracy = {int(k): 100 * value for k, value in line["accuracy"].items()}
-            found.setdefault(line["name"], []).append(accuracy)
+            found.setdefault(line["name"], []).append(line)
     return {name: found[name] for name in COLUMNS if name in found}
+
+
+def accuracies(data, key="accuracy"):
+    """{name: list of {k, or labels per class: accuracy in %}} over the seeds of one data set."""
+    return {
+        name: [{int(x): 100 * y for x, y in line[key].items() if x != "all"} for line in lines]
+        for name, lines in recorded(data).items()
+    }
 
 
 def mean_to_100(run):
@@ -81,38 +91,54 @@ def sweep(data):
     return rows(["k", *map(COLUMNS.get, found)], lines)
 
 
-def digits_short():
-    """The digits at four k, a line per method."""
+def digits_labels():
+    """The digits with few labels, a line per method."""
     lines = []
-    for name, runs in accuracies("digits").items():
+    for name, runs in recorded("digits").items():
         if name != BARE:
-            cells = [f"{mean(run[k] for run in runs):.1f}" for k in (1, 5, 20, 100)]
-            lines.append([COLUMNS[name], *cells, f"{mean(map(mean_to_100, runs)):.2f}"])
-    return rows(["kNN accuracy, %", "k = 1", "5", "20", "100", "mean to 100"], lines)
+            cells = [mean(100 * run["labels"][n] for run in runs) for n in ("1", "5", "20", "all")]
+            lines.append([COLUMNS[name], *(f"{cell:.1f}" for cell in cells)])
+    return rows(["labels per digit", "1", "5", "20", "all (143)"], lines)
 
 
-def draw(data, path):
-    """Plot the sweep, from the lowest to the highest seed; the file carries the data's digest."""
+def whitened():
+    """Accuracy at the chosen k of the recorded features, as they are and whitened."""
+    lines = []
+    for data, title in SETS.items():
+        for name, runs in recorded(data).items():
+            if name != "pixels":
+                keys = ("accuracy_at_chosen_k", "whitened")
+                cells = (f"{mean(100 * run[key] for run in runs):.1f}" for key in keys)
+                better = sum(run["whitened"] > run["accuracy_at_chosen_k"] for run in runs)
+                lines.append([title, COLUMNS[name], *cells, f"{better} of {len(runs)}"])
+    return rows(["data", "", "features", "whitened", "better"], lines)
+
+
+def draw(name, path):
+    """Plot a sweep, from the lowest to the highest seed; the file carries the data's digest."""
+    data, key = PLOTS[name][:2]
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     references = dict(pixels=dict(color="0.4", ls="--"), untrained=dict(color="0.4", ls=":"))
-    for name, runs in accuracies(data).items():
-        ks, style = list(runs[0]), references.get(name, {})
-        means = [mean(run[k] for run in runs) for k in ks]
-        (line,) = axes.plot(ks, means, marker=".", label=COLUMNS[name], **style)
-        low, high = ([choose(run[k] for run in runs) for k in ks] for choose in (min, max))
-        axes.fill_between(ks, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xscale="log", xlabel="k", ylabel="test accuracy in %", title=PLOTS[data])
-    axes.set_xticks(ks, ks)
+    for column, runs in accuracies(data, key).items():
+        xs, style = list(runs[0]), references.get(column, {})
+        means = [mean(run[x] for run in runs) for x in xs]
+        (line,) = axes.plot(xs, means, marker=".", label=COLUMNS[column], **style)
+        low, high = ([choose(run[x] for run in runs) for x in xs] for choose in (min, max))
+        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    xlabel = "k" if key == "accuracy" else "labels per class"
+    axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy in %", title=PLOTS[name][2])
+    axes.set_xticks(xs, xs)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Source": digest(data)})
+    figure.savefig(path, dpi=110, metadata={"Source": digest(name)})
 
 
-def digest(data):
+def digest(name):
     """Hash of the recorded accuracies that a plot shows."""
-    return hashlib.sha256(json.dumps(accuracies(data)).encode()).hexdigest()
+    data, key = PLOTS[name][:2]
+    return hashlib.sha256(json.dumps(accuracies(data, key)).encode()).hexdigest()
 
 
 def ops():
@@ -171,10 +197,11 @@ def on_paper():
 
 def render(text):
     """A README with all tables between their marks made from the recorded files."""
-    tables = dict(digits_short=digits_short, ops=ops, folders=folders, on_paper=on_paper)
+    tables = dict(digits_labels=digits_labels, whitened=whitened, ops=ops, folders=folders)
+    tables["on_paper"] = on_paper
     tables["throughput"] = lambda: throughput("throughput-cpu-bf16", STEP)
     tables["lightly"] = lambda: throughput("throughput-cpu", LIGHTLY)
-    tables |= {data: lambda data=data: sweep(data) for data in PLOTS}
+    tables |= {data: lambda data=data: sweep(data) for data in SETS}
 
     def table(found):
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
@@ -191,12 +218,12 @@ def main(args):
             stale.append(str(path))
             if not args.check:
                 path.write_text(render(text))
-    for data in PLOTS:
-        path = ROOT / f"benchmarks/pictures/{data}.png"
-        if not path.exists() or Image.open(path).text.get("Source") != digest(data):
+    for name in PLOTS:
+        path = ROOT / f"benchmarks/pictures/{name}.png"
+        if not path.exists() or Image.open(path).text.get("Source") != digest(name):
             stale.append(str(path))
             if not args.check:
-                draw(data, path)
+                draw(name, path)
     if args.check and stale:
         sys.exit(f"{', '.join(stale)} differ from benchmarks/results/; run benchmarks/tables.py")
 
