@@ -200,7 +200,7 @@ class Args:
     cache_dir: str = "cache"
     """folder in which the runs keep the decoded images of a folder"""
     output: str | None = None
-    """folder for all files (unset: knn/ in the folder of the one input, runs/knn/ for several)"""
+    """folder for all files (unset: knn/ in the folder of the run, runs/knn/ for several)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of the neighbor search"""
     track: bool = False
@@ -236,7 +236,7 @@ def read_embeddings(path):
     from common import read_npz, user_errors
 
     name = str(path.parent if path.stem == "embeddings" else path.with_suffix(""))
-    entry = SimpleNamespace(name=name, folder=path.parent)
+    entry = SimpleNamespace(name=name)
     optional = [f"train_{name}" for name in ("labels", "files", "groups")]
     optional += ["test_features", "test_labels", "test_files", "class_names", "meta"]
     with user_errors(f"cannot evaluate {str(path)!r}"):
@@ -254,7 +254,7 @@ def read_embeddings(path):
             setattr(entry, part, Part(part, x, labels, files, groups, index))
         check_consistent_length(entry.train.features.T, entry.test.features.T)
         entry.meta = dict(json.loads(str(arrays.get("meta", "{}"))))
-    names = dict(enumerate(map(str, arrays.get("class_names", []))))
+    names = {-1: "", **dict(enumerate(map(str, arrays.get("class_names", []))))}
     entry.class_name = lambda label: names.get(label, str(label))
     return entry
 
@@ -679,8 +679,9 @@ def main(args):
 
     runs = read_inputs(args)
     # A run of each data set.
-    sources = {entry.meta.get("dataset"): entry for entry in runs} if args.pixels else {}
-    inputs = runs + [pixels_of(entry, args) for entry in sources.values()]
+    sources = {entry.meta["dataset"]: entry for entry in runs if "dataset" in entry.meta}
+    check(sources or not args.pixels, "--pixels needs a run: no input's meta names a data set")
+    inputs = runs + [pixels_of(entry, args) for entry in sources.values() if args.pixels]
     # Compute everything before writing anything: a failure leaves earlier files as they are.
     results = [evaluate(entry, args) for entry in inputs]
     files = report(results, args)
@@ -691,7 +692,7 @@ def main(args):
     # Other options, another folder.
     parts = ["knn", args.metric, args.vote, "whiten" * args.whiten]
     name = "-".join(part for part in parts if part not in (Args.metric, Args.vote, ""))
-    folder = Path(args.output or (runs[0].folder if len(runs) == 1 else Path("runs")) / name)
+    folder = Path(args.output or Path(runs[0].name if len(runs) == 1 else "runs", name))
     with user_errors(f"cannot write to --output {str(folder)!r}", OSError):
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -289,7 +289,7 @@ def test_leave_one_out_without_test_images(run_cli, tmp_path):
         accuracy = max(100 * (found[k] == data["train_labels"]).mean() for k in found)
         assert done.status == 0 and done.err == ""
         assert f"leave-one-out accuracy = {accuracy:.2f} %" in done.out
-        assert rows(tmp_path / "knn/labels.csv")
+        assert rows(tmp_path / "a/knn/labels.csv")
 
 
 def test_groups_change_the_chosen_k(run_cli, tmp_path):
@@ -317,7 +317,7 @@ def test_labels_needed_equals_scikit_learn(run_cli, tmp_path):
     data = write(tmp_path / "a.npz")
     words = ["--labels-per-class", 1, 4, "--ks", 1, 3, "--probe"]
     assert run_cli(knn_eval, tmp_path / "a.npz", *words).status == 0
-    (result,) = results(tmp_path / "knn")
+    (result,) = results(tmp_path / "a/knn")
     train, labels, test, truth = [*data.values()][:4]
     train, test = normalize(train), normalize(test)
     for n, table in result["tables"]["labels"].items():
@@ -346,7 +346,7 @@ def test_labels_needed_draws_the_same_images_for_all_inputs(run_cli, tmp_path):
     # No class has 100 images.
     assert a == b and list(a) == ["1", "all"] and len(set(a["1"])) > 5
     run_cli(knn_eval, tmp_path / "a.npz", "--labels-per-class")
-    assert not (tmp_path / "knn/labels.csv").exists()
+    assert not (tmp_path / "a/knn/labels.csv").exists()
 
 
 # ---------------------------------------------------------------- pairs and suspects
@@ -360,7 +360,7 @@ def test_pairs_and_leaks(run_cli, tmp_path):
     arrays = dict(train_features=train, test_features=test)
     write(tmp_path / "x.npz", **arrays, train_files=names[0], test_files=names[1])
     done = run_cli(knn_eval, tmp_path / "x.npz")
-    lines = rows(tmp_path / "knn/pairs.csv")
+    lines = rows(tmp_path / "x/knn/pairs.csv")
     assert [line["part"] for line in lines] == ["train"] * 100 + ["test"] * 100
     assert {lines[0]["file"], lines[0]["train_file"]} == {"a/7.jpg", "a/40.jpg"}
     pairs = {(line["file"], line["train_file"]) for line in lines[100:102]}
@@ -381,7 +381,7 @@ def test_suspects_find_flipped_labels(run_cli, tmp_path):
     arrays = dict(train_features=images, train_labels=wrong, test_features=test, test_labels=truth)
     write(tmp_path / "a.npz", **arrays, class_names=None)
     run_cli(knn_eval, tmp_path / "a.npz", "--labels-per-class")
-    lines = rows(tmp_path / "knn/suspects.csv")
+    lines = rows(tmp_path / "a/knn/suspects.csv")
     shares = [float(line["share"]) for line in lines]
     assert shares == sorted(shares, reverse=True)
     found = {int(line["file"]) for line in lines[:70]}
@@ -481,8 +481,8 @@ def test_pictures_only_of_the_same_images(run_cli, finished, tmp_path):
         np.savez(tmp_path / "a.npz", **arrays | dict(meta=np.array(json.dumps(meta))))
         done = run_cli(knn_eval, tmp_path / "a.npz", "--ks", 1)
         assert done.status == 0 and done.out.count(says) == 1
-        assert not (tmp_path / "knn/neighbors.png").exists()
-        assert (tmp_path / "knn/embedding_2d.png").exists()
+        assert not (tmp_path / "a/knn/neighbors.png").exists()
+        assert (tmp_path / "a/knn/embedding_2d.png").exists()
 
 
 def test_unlabelled_run(run_cli, finished, tmp_path):
@@ -504,7 +504,7 @@ def test_unlabelled_rows_do_not_vote(run_cli, tmp_path):
     partly = dict(train_labels=np.where(kept, labels, -1), test_labels=np.where(seen, truth, -1))
     write(tmp_path / "a.npz", **partly)
     run_cli(knn_eval, tmp_path / "a.npz", "--ks", 7)
-    (result,) = results(tmp_path / "knn")
+    (result,) = results(tmp_path / "a/knn")
     found = knn_sweep(train[kept], labels[kept], test[seen], [7])[7]
     assert result["accuracy"] == (found == truth[seen]).mean()
     assert [*result["per_class"]] == ["ant", "bee"] and result["n_train"] == 120

@@ -166,7 +166,7 @@ def test_tables_are_those_of_the_recorded_results():
     """benchmarks/tables.py changes nothing in the marked tables."""
     if not (ROOT / "benchmarks").exists():
         pytest.skip("without the folder benchmarks there is nothing to compare with")
-    assert "<!-- digits_short -->" in README
+    assert "<!-- digits_labels -->" in README
     assert importlib.import_module("benchmarks.tables").render(README) == README
 
 
@@ -182,19 +182,19 @@ def test_figures_on_real_images_are_recorded():
 
 
 def test_cost_of_the_loss_on_several_processes():
-    """The table of FLOPs and memory for 8 processes and 128 dimensions."""
-    flops = []
-    for name, size in (("resnet18", 32), ("resnet50", 224)):
+    """FLOPs and memory for 8 processes and 128 dimensions."""
+    text, n = " ".join(section("Resume, precision, several processes, W&B").split()), 4096
+    loss = 24 * n**2 * 128
+    assert f"takes each of 8 processes {loss / 1e9:.0f} GFLOP" in text
+    for name, size, limit in (("resnet18", 32, "27,000"), ("resnet50", 224, "198,000")):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             common.build_encoder(name, size)[0](torch.empty(1, 3, size, size)).sum().backward()
-        flops.append(counter.get_total_flops())
-        assert f"{flops[-1] / 1e9:.3g}" in README
-    for n, memory in ((4096, "256 MiB"), (16384, "4 GiB"), (32768, "16 GiB")):
-        loss, shares = 24 * n**2 * 128, [12 * n * 128 * 8 / f for f in flops]
-        assert 4 * (2 * n) ** 2 == int(memory[:-4]) * 2 ** (20 if "M" in memory else 30)
-        row = [f"{n:,}", f"{loss / 3e9:,.0f} GFLOP", f"{loss / 1e9:,.0f} GFLOP"]
-        row += [f"{share:.1%}".replace("%", " %") for share in shares]
-        assert f"| {' | '.join([*row, memory])} |" in README
+        encoder = counter.get_total_flops() * 2 * n / 8
+        assert f"{100 * loss / encoder:.1f} % of" in text and limit in text
+        # The share is proportional to N.
+        assert round(0.1 * encoder / loss * n, -3) == int(limit.replace(",", ""))
+    assert 4 * (2 * 4096) ** 2 == 256 * 2**20 and 4 * (2 * 16384) ** 2 == 4 * 2**30
+    assert f"{6 * 4096 * 2048**2 / 1e9:.0f} GFLOP at N = 4,096 and D = 2,048" in text
 
 
 def test_length_and_paths():
