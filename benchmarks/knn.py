@@ -3,7 +3,8 @@
     python benchmarks/knn.py                             # 50,000 x 10,000 x 512, 13 k: minutes
     python benchmarks/knn.py --train 2000 --test 500     # to try it
 
-A block times the loop once and the sweep twice, in alternating order.
+A block times the loop once and the sweep twice, in alternating order, then the sweep of
+knn_eval.py (test and leave-one-out) and its table of few labels.
 """
 
 import json
@@ -12,6 +13,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -25,6 +27,7 @@ from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
+import knn_eval
 from knn_eval import knn_sweep
 
 KS = (1, 2, 3, 4, 5, 10, 20, 50, 70, 100, 200, 500, 1000)
@@ -59,10 +62,22 @@ def loop(train, labels, test, ks):
     return {k: KNeighborsClassifier(k).fit(train, labels).predict(test) for k in ks}
 
 
+def few_labels_over_sweep(train, labels, test, truth):
+    """Time of knn_eval.py's default table of few labels over that of its sweep."""
+    parts = []
+    for name, x, y in (("train", train, labels), ("test", test, truth)):
+        rows = np.arange(len(x))
+        parts.append(knn_eval.Part(name, x, y, rows, rows, rows))
+    entry = SimpleNamespace(name="", voters=parts[0], queries=parts[1], class_name=str)
+    args, tables = knn_eval.Args(device=None), dict(knn={}, labels={})
+    sweep = seconds(lambda: knn_eval.sweep(entry, args, tables["knn"]))
+    return seconds(lambda: knn_eval.labels_needed(entry, args, tables)) / sweep
+
+
 def main(args):
     train, labels = features(args.train, args.dim, 1)
-    test, _ = features(args.test, args.dim, 2)
-    ks, predictions, ratios = [k for k in KS if k < len(train)], {}, []
+    test, truth = features(args.test, args.dim, 2)
+    ks, predictions, ratios, shares = [k for k in KS if k < len(train)], {}, [], []
 
     def run(function):
         def call():
@@ -75,10 +90,12 @@ def main(args):
         times = [(function, run(function)) for function in order]
         slow, fast = (sum(t for f, t in times if f is function) for function in (loop, knn_sweep))
         ratios.append(round(2 * slow / fast, 2))
-        print(f"block {block + 1}: {ratios[-1]} times as fast", flush=True)
+        shares.append(round(few_labels_over_sweep(train, labels, test, truth), 2))
+        print(f"block {block + 1}: {ratios[-1]} times as fast, few labels {shares[-1]}", flush=True)
     result = dict(command=shlex.join(["python", "benchmarks/knn.py", *sys.argv[1:]]))
     result |= dict(train=len(train), test=len(test), dim=args.dim, ks=ks)
     result |= dict(ratio=round(float(stats.gmean(ratios)), 2), ratios=ratios)
+    result["few_labels_over_sweep"] = shares
     result["predictions"] = len(test) * len(ks)
     found, expected = predictions[knn_sweep], predictions[loop]
     result["differing"] = sum(int((found[k] != expected[k]).sum()) for k in ks)
