@@ -5,6 +5,7 @@ gradient depends on these here: `build_encoder`, `gather` and `distribute` (seve
 `epoch_order` (the images of a batch), `seed_draws` (random numbers).
 """
 
+import csv
 import hashlib
 import importlib.metadata
 import io
@@ -20,7 +21,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -98,17 +99,29 @@ def cli(args_class, main, recipes=None):
         sys.exit(2)
 
 
-def resolve(args, recipes):
-    """Fill unset arguments (None or "auto") from the recipe of the data set; check the values."""
+def resolve(args, recipes, n=None):
+    """Fill unset arguments (None or "auto") from the recipe of the data set; check the values.
+
+    With n training images, an unset batch size is at most a quarter of them. The recipe of folder
+    and npz is for 50,000 images: unset epochs give its number of steps, up to 1,000 epochs.
+    """
     for key, hint in get_type_hints(type(args)).items():
         # Literal["a", "b"] has its values as arguments, Literal["a", "b"] | None one level deeper.
         choices = [c for part in (hint, *get_args(hint)) for c in get_args(part)]
         value, known = getattr(args, key), ", ".join(c for c in choices if isinstance(c, str))
         check(not known or value in (None, *choices), f"--{key} {value} must be one of {known}")
-    recipe = recipes[args.dataset]
-    if args.lr is None and args.batch_size:
-        # Linear scaling rule (Goyal et al. 2017, arXiv:1706.02677).
-        args = replace(args, lr=recipe["lr"] * args.batch_size / recipe["batch_size"])
+    recipe = dict(recipes[args.dataset])
+    usual = recipe["batch_size"]
+    most = max(2, n // 4 // WORLD_SIZE) * WORLD_SIZE if n else usual
+    recipe["batch_size"] = args.batch_size or min(usual, most)
+    # Linear scaling rule (Goyal et al. 2017, arXiv:1706.02677).
+    recipe["lr"] *= recipe["batch_size"] / usual
+    if n and args.dataset in ("folder", "npz"):
+        epochs = recipe["epochs"] * 50_000 / n * recipe["batch_size"] / usual
+        recipe["epochs"] = max(recipe["epochs"], min(1000, round(epochs)))
+    if args.init and args.init != "imagenet":
+        made = load_torch(args.init)
+        recipe |= {key: made[key] for key in ("encoder", "width") if made.get(key)}
     for key, value in recipe.items():
         if getattr(args, key) in (None, "auto"):
             args = replace(args, **{key: value})
@@ -125,6 +138,8 @@ def resolve(args, recipes):
     message = f"--batch-size {args.batch_size} is global; it must be a multiple of {WORLD_SIZE}"
     check(args.batch_size % WORLD_SIZE == 0, f"{message}, the number of processes")
     check(args.run_dir or not args.resume, "--resume needs --run-dir, the folder of the run")
+    low, high = args.window or (0, 1)
+    check(low < high, f"--window {low} {high}: the first must be below the second")
     return args
 
 
@@ -233,7 +248,7 @@ def broadcast(value):
 class Images:
     """A data set. Labels are -1 where unlabelled."""
 
-    # uint8 [N, 3, S, S], S >= size: on the device, in memory, or mapped from a decoded folder.
+    # uint8 [N, C, S, S], S >= size: on the device, in memory, or mapped from a decoded folder.
     train: torch.Tensor
     # int64 [N] on the CPU
     train_labels: torch.Tensor
@@ -242,59 +257,110 @@ class Images:
     class_names: list
     # side of the encoder's input in pixels
     size: int
-    # float32 [3, 1, 1] on the device, of the training images in [0, 1]
+    # float32 [C, 1, 1] on the device, of the training images in [0, 1]
     mean: torch.Tensor
     std: torch.Tensor
-    # the three channels are equal
+    # not red, green and blue, or all three equal
     gray: bool
-    # relative to data_dir, if the images came as files
-    train_files: list | None = None
-    test_files: list | None = None
+    # the values that became 0 and 255, of images with more than 8 bits
+    window: tuple | None
+    # more arrays of embeddings.npz: train_files, train_groups, test_files, test_groups
+    extra: dict
 
 
-def load_images(dataset, data_dir="data", image_size=None, cache_dir="cache", device="cpu"):
-    """Load a data set as uint8 RGB squares for an encoder that sees image_size pixels a side.
+def image_args(args):
+    """The arguments that load_images takes, as a dict."""
+    keys = "dataset data_dir image_size cache_dir labels window fit"
+    return {key: getattr(args, key) for key in keys.split()}
 
-    image_size None: the size of the images, at most 224. The images are moved to a GPU if they take
-    less than half of its free memory. UserError if data is missing or broken.
+
+def load_images(
+    dataset,
+    data_dir="data",
+    image_size=None,
+    cache_dir="cache",
+    labels=None,
+    window=None,
+    fit="crop",
+    device="cpu",
+):
+    """Load a data set as uint8 squares for an encoder that sees image_size pixels a side.
+
+    image_size None: the size of the images, at most 224. labels: the CSV file of a folder's labels.
+    window (low, high): the values that become 0 and 255 in images with more than 8 bits; None: the
+    0.1 and 99.9 percentile. fit: see `square`. The images are moved to a GPU if they take less than
+    half of its free memory. UserError if data is missing or broken.
     """
     check(image_size is None or image_size >= 4, f"--image-size {image_size} must be at least 4")
-    device, root, files = torch.device(device), Path(data_dir), []
+    check(not labels or dataset == "folder", f"--labels needs --dataset folder, not {dataset}")
+    device, root = torch.device(device), Path(data_dir)
     if dataset == "folder":
-        files, labels, class_names = _list_folder(root)
-        images, image_size = _decode_folder(root, sum(files, []), image_size, Path(cache_dir))
-        images = images.split([len(names) for names in files])
+        files, ids, class_names, extra = _list_folder(root, labels)
+        source = root, files, Path(cache_dir), image_size, window, fit
+        images, image_size, window = _decode_folder(*source)
     else:
         load = dict(digits=_digits, npz=_npz).get(dataset, _torchvision)
-        images, labels, class_names = load(dataset, root)
-        for i, part in enumerate(images):
-            # [N, H, W], [N, H, W, 1 or 3] or [N, 3, H, W] -> [N, 3, H, W]
-            part = torch.as_tensor(part)[..., None] if part.ndim == 3 else torch.as_tensor(part)
-            part = part.permute(0, 3, 1, 2) if part.shape[3] in (1, 3) else part
-            image_size = image_size or min(224, *part.shape[2:])
-            chunks = [square(chunk, image_size) for chunk in part.expand(-1, 3, -1, -1).split(1024)]
-            images[i] = torch.cat(chunks)
+        arrays, ids, class_names, extra = load(dataset, root)
+        image_size = image_size or min(224, *arrays[0].shape[1:3])
+        deep = arrays[0].dtype != np.uint8
+        check(deep or not window, "--window is for images with more than 8 bits")
+        window = window or (choose_window(arrays[0]) if deep else None)
+        images = [_squares(array, image_size, window, fit) for array in arrays]
     check(len(images[0]), f"--data-dir {data_dir!r} has no training images")
+    both = {*extra.get("train_groups", ())} & {*extra.get("test_groups", ())}
+    if both and RANK == 0:
+        print(f"warning: {len(both)} groups are in training and test: accuracies are too high")
 
     # A sample of 32 MB gives the mean and the standard deviation.
     sample = images[0][:: math.ceil(images[0].numel() / 2**25)]
     std, mean = torch.std_mean(sample.double() / 255, (0, 2, 3), correction=0, keepdim=True)
     mean, std = (value[0].float().to(device) for value in (mean, std.clamp(min=1e-3)))
-    gray = bool((sample == sample[:, :1]).all())
+    gray = len(mean) != 3 or bool((sample == sample[:, :1]).all())
     size = sum(part.numel() for part in images)
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
         images = [part.to(device) for part in images]
-    (train, test), labels = images, [torch.as_tensor(part).long() for part in labels]
-    return Images(
-        train, labels[0], test, labels[1], class_names, image_size, mean, std, gray, *files
-    )
+    (train, test), ids = images, [torch.as_tensor(part).long() for part in ids]
+    facts = class_names, image_size, mean, std, gray, window, extra
+    return Images(train, ids[0], test, ids[1], *facts)
 
 
-def square(images, size):
-    """Center square of uint8 images [N, 3, H, W], resized to `size` pixels with antialiasing."""
+def square(images, size, fit="crop"):
+    """uint8 images [N, C, H, W] as squares of `size` pixels, resized with antialiasing.
+
+    fit: "crop" the center, "pad" with black, or "stretch".
+    """
     from torchvision.transforms.functional import center_crop, resize
 
-    return center_crop(resize(images, size, antialias=True), size)
+    if fit != "stretch":
+        # A larger center_crop pads.
+        images = center_crop(images, dict(crop=min, pad=max)[fit](images.shape[2:]))
+    return resize(images, [size, size], antialias=True)
+
+
+def _squares(array, size, window, fit):
+    """[N, H, W] or [N, H, W, C] -> uint8 [N, C, size, size]; gray images get three channels."""
+    array, squares = array if array.ndim == 4 else array[..., None], []
+    for start in range(0, max(1, len(array)), 1024):
+        chunk = torch.from_numpy(to_uint8(array[start : start + 1024], window)).permute(0, 3, 1, 2)
+        chunk = chunk.expand(-1, 3, -1, -1) if chunk.shape[1] == 1 else chunk
+        squares.append(square(chunk, size, fit))
+    return torch.cat(squares)
+
+
+def choose_window(values):
+    """The 0.1 and 99.9 percentile of an array of pixels, of at most a million."""
+    values = np.ravel(values)[:: math.ceil(np.size(values) / 1e6)]
+    low, high = (float(value) for value in np.percentile(values, (0.1, 99.9)))
+    return low, max(high, low + 1e-6)
+
+
+def to_uint8(values, window):
+    """Map the window (low, high) of an array of pixels to 0..255; None keeps 8 bits."""
+    if window is None:
+        return values
+    low, high = window
+    shares = (values.astype(np.float32) - low) / (high - low)
+    return np.rint(255 * shares.clip(0, 1)).astype(np.uint8)
 
 
 def _digits(dataset, root):
@@ -307,7 +373,7 @@ def _digits(dataset, root):
     train, test, train_labels, test_labels = train_test_split(
         images, digits.target, test_size=360, stratify=digits.target, random_state=0
     )
-    return [train, test], [train_labels, test_labels], [str(i) for i in range(10)]
+    return [train, test], [train_labels, test_labels], [str(i) for i in range(10)], {}
 
 
 def _torchvision(dataset, root):
@@ -322,8 +388,11 @@ def _torchvision(dataset, root):
     with user_errors(f"could not get {dataset}; {help}"), local_rank_zero_first():
         data_class = getattr(torchvision.datasets, name)
         sets = [data_class(root, download=True, **split) for split in splits]
+    images = [np.asarray(part.data) for part in sets]
+    if dataset == "stl10":
+        images = [array.transpose(0, 2, 3, 1) for array in images]
     labels = [part.labels if dataset == "stl10" else part.targets for part in sets]
-    return [part.data for part in sets], labels, sets[0].classes
+    return images, labels, sets[0].classes, {}
 
 
 def read_npz(path, needed, optional=()):
@@ -336,82 +405,143 @@ def read_npz(path, needed, optional=()):
 
 
 def _npz(dataset, path):
-    """MedMNIST's form: train_images uint8 [N, H, W] or [N, H, W, 3]; the others are optional."""
-    arrays = read_npz(path, ["train_images"], ["train_labels", "test_images", "test_labels"])
-    images, labels = [], []
+    """MedMNIST's form, also of more channels and bits; all but train_images are optional."""
+    optional = ["test_images", "train_labels", "test_labels", "train_groups", "test_groups"]
+    arrays = read_npz(path, ["train_images"], optional)
+    images, labels, extra = [], [], {}
     for part in ("train", "test"):
-        x = arrays.get(f"{part}_images", np.empty((0, 1, 1), np.uint8))
-        fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3))
-        form = f"{str(path)!r}: {part}_images must be uint8 [N, H, W] or [N, H, W, 3]"
-        check(x.dtype == np.uint8 and fits, f"{form}, not {x.dtype} {list(x.shape)}")
+        x = arrays.get(f"{part}_images")
+        x = images[0][:0] if x is None else x
+        fits = x.ndim == 3 or (x.ndim == 4 and 1 <= x.shape[3] <= 32)
+        fits = fits and x.dtype in (np.uint8, np.uint16, np.float32)
+        form = (
+            f"{str(path)!r}: {part}_images must be [N, H, W] or [N, H, W, C], C up to 32, of uint8,"
+        )
+        check(fits, f"{form} uint16 or float32, not {x.dtype} {list(x.shape)}")
+        check(np.isfinite(x).all(), f"{str(path)!r}: {part}_images has values that are not finite")
+        images.append(x)
+        alike = x.dtype == images[0].dtype and x.shape[3:] == images[0].shape[3:]
+        check(alike, f"{str(path)!r}: train_images and test_images differ in channels or type")
         y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
         form = f"{str(path)!r}: {part}_labels must be {len(x)} integers, -1 for unlabelled"
         fits = y.dtype.kind in "iu" and len(y) == len(x) and y.min(initial=0) >= -1
         check(fits, f"{form}, not {y.dtype} {list(y.shape)}")
-        images.append(x)
         labels.append(y.astype(np.int64))
+        groups = arrays.get(f"{part}_groups", np.arange(len(x)))
+        check(len(groups) == len(x), f"{str(path)!r}: {part}_groups must be {len(x)} values")
+        if f"{part}_groups" in arrays:
+            extra[f"{part}_groups"] = groups
     classes = 1 + max(y.max(initial=-1) for y in labels)
-    return images, labels, [str(i) for i in range(classes)]
+    return images, labels, [str(i) for i in range(classes)], extra
 
 
 IMAGE_ENDINGS = ".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2".split()
 
 
-def _list_folder(root):
-    """[train, test] lists of file names below root and of their labels, and the class names.
+def _list_folder(root, table):
+    """[train, test] file names below root and class ids, class names, and Images.extra.
 
-    The layout is train/<class>/* with test/ or val/, or any tree of images without labels.
+    The layout is train/<class>/* with test/ or val/; images of train/ outside of a class folder are
+    unlabelled, as is any other tree. table: a CSV file with the columns file and label, and where
+    wanted split (train or test) and group; its labels replace those of the layout.
     """
     from torchvision.datasets.folder import make_dataset
 
+    others = Counter()
+
     def is_image(path):
         path = Path(path).relative_to(root)
-        hidden = any(part.startswith(".") for part in path.parts)
-        return path.suffix.lower() in IMAGE_ENDINGS and not hidden
-
-    def class_of(name):
-        parts = Path(name).parts
-        return parts[1] if len(parts) > 2 else None
+        if any(part.startswith(".") for part in path.parts):
+            return False
+        known = path.suffix.lower() in IMAGE_ENDINGS
+        others[path.suffix] += not known
+        return known
 
     check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
-    splits = [name for name in ("train", "test", "val") if (root / name).is_dir()][:2]
-    if "train" not in splits:
-        splits = [""]
-    files, labels = [[], []], [[], []]
-    for i, split in enumerate(splits):
-        found = make_dataset(str(root / split), {"": 0}, is_valid_file=is_image, allow_empty=True)
-        files[i] = [os.path.relpath(path, root) for path, _ in found]
-    check(files[0], f"--data-dir {str(root)!r}: no images found in {str(root / splits[0])!r}")
-    flat = splits == [""] or None in map(class_of, files[0])
-    if flat and splits != [""] and RANK == 0:
-        print(f"no labels: there are images in {str(root / 'train')!r} outside of class folders")
-    class_names = [] if flat else sorted({class_of(name) for name in files[0]})
+    found = make_dataset(str(root), {"": 0}, is_valid_file=is_image, allow_empty=True)
+    names = [os.path.relpath(path, root) for path, _ in found]
+    rows, layout = _read_table(table, names) if table else {}, (root / "train").is_dir()
+    part_of = dict(train=0, test=1) if (root / "test").is_dir() else dict(train=0, test=1, val=1)
+    files, labels, groups = ([[], []] for _ in range(3))
+    for name in names:
+        row, parts = rows.get(name, {}), Path(name).parts
+        i = part_of.get(row.get("split") or (parts[0] if layout else "train"))
+        if i is None:
+            others["images outside of train/ and test/"] += 1
+            continue
+        folder = parts[1] if layout and len(parts) > 2 else None
+        files[i].append(name)
+        labels[i].append(row.get("label") if table else folder)
+        groups[i].append(row.get("group") or name)
+    check(files[0], f"--data-dir {str(root)!r}: no images found, in train/ if there is one")
+    class_names = sorted({*labels[0]} - {None})
     one = f"--data-dir {str(root)!r}: only one class; put each class in a folder of its own"
     check(len(class_names) != 1, one)
+    unknown = {*labels[1]} - {None, *class_names}
+    check(not unknown or not class_names, f"train/ lacks classes of test images: {[*unknown][:5]}")
+    if RANK == 0:
+        unlabelled = labels[0].count(None)
+        hint = "" if class_names else "; label them by folders train/<class>/ or by --labels"
+        if unlabelled:
+            print(f"note: {unlabelled} of {len(files[0])} training images are unlabelled{hint}")
+        if any(others.values()):
+            ignored = ", ".join(f"{n} {key}" for key, n in others.items() if n)
+            print(f"note: ignored in {str(root)!r}: {ignored}")
     ids = {name: i for i, name in enumerate(class_names)}
-    for i, names in enumerate(files):
-        unknown = {class_of(name) for name in names} - {None, *ids}
-        check(flat or not unknown, f"train/ lacks classes of test images: {list(unknown)[:5]}")
-        labels[i] = [ids.get(class_of(name), -1) for name in names]
-    return files, labels, class_names
+    labels, extra = [[ids.get(name, -1) for name in part] for part in labels], {}
+    grouped = any(row.get("group") for row in rows.values())
+    for i, part in enumerate(("train", "test")):
+        extra[f"{part}_files"] = np.array(files[i], np.str_)
+        if grouped:
+            extra[f"{part}_groups"] = np.array(groups[i], np.str_)
+    return files, labels, class_names, extra
 
 
-def _decode_folder(root, names, image_size, cache_dir):
-    """Decode image files once into a .npy under cache_dir; map it as uint8 [N, 3, S, S].
+def _read_table(path, names):
+    """The rows of --labels by file name. UserError names the line of a mistake."""
+    with user_errors(f"cannot read --labels {path!r}"):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.DictReader(file))
+    rows, names = {}, {*names}
+    for number, row in enumerate(lines, 2):
+        where, name = f"--labels {path!r}, line {number}", os.path.normpath(row.get("file") or "")
+        check(row.get("file") and row.get("label"), f"{where}: a file and a label are needed")
+        check(name in names, f"{where}: {name!r} is not an image below --data-dir")
+        check(name not in rows, f"{where}: {name!r} is listed twice")
+        split = row.get("split") or "train"
+        check(split in ("train", "test"), f"{where}: split is {split!r}, not train or test")
+        rows[name] = row
+    check(rows, f"--labels {path!r} lists no file")
+    return rows
 
-    S is an eighth larger than the image size, for the crops, if the files are that large.
+
+def _decode_folder(root, files, cache_dir, image_size, window, fit):
+    """Decode [train, test] files once into a .npy under cache_dir; map it as uint8 [N, 3, S, S].
+
+    S is half as large again as the image size, for the crops, if the files are that large. Returns
+    [train, test] images, the image size and the window.
     """
-    sides = []
-    for name in names[:: max(1, len(names) // 100)]:
+    names, sizes, values = sum(files, []), [], []
+    for name in files[0][:: math.ceil(len(files[0]) / 100)]:
         # Decoding names every broken file.
         with suppress(Exception), Image.open(root / name) as image:
-            sides.append(min(image.size))
-    usual = int(np.median(sides or [224]))
+            sizes.append(sorted(image.size))
+            if image.mode[0] in "IF":
+                pixels = np.asarray(image, np.float32).ravel()
+                values.append(pixels[:: math.ceil(len(pixels) / 1e4)])
+    deep = len(values) > len(sizes) / 2
+    check(deep or not window, "--window is for images with more than 8 bits")
+    window = window or (choose_window(np.concatenate(values)) if deep else None)
+    low, high = np.array(sizes or [(224, 224)]).T
+    kept = (low / high).mean()
+    if fit == "crop" and kept < 0.5 and RANK == 0:
+        print(f"note: center squares keep {kept:.0%} of the pixels; --fit pad or stretch keeps all")
+    usual = int(np.median(high if fit == "pad" else low))
     image_size = image_size or min(224, usual)
-    side = max(image_size, min(image_size * 8 // 7, usual))
+    side = max(image_size, min(image_size * 3 // 2, usual))
     with user_errors("cannot read an image; fix or delete it", OSError):
         stats = [os.stat(root / name) for name in names]
-    facts = [side, names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    facts = [side, fit, window, names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.npy"
     with user_errors(f"cannot use {str(path)!r} in --cache-dir", (OSError, ValueError)):
@@ -419,15 +549,16 @@ def _decode_folder(root, names, image_size, cache_dir):
         # Other runs and ranks wait for the file.
         with filelock.FileLock(f"{path}.lock"):
             if not path.exists():
-                _decode(root, names, side, path)
+                _decode(root, names, path, side, window, fit)
         images = np.load(path, mmap_mode="r")
     with warnings.catch_warnings():
         # PyTorch warns that the mapped file is read-only; nothing writes to it.
         warnings.simplefilter("ignore")
-        return torch.from_numpy(images), image_size
+        images = torch.from_numpy(images)
+    return images.split([len(part) for part in files]), image_size, window
 
 
-def _decode(root, names, side, path):
+def _decode(root, names, path, side, window, fit):
     """Write the decoded images to path, on all cores. UserError names every broken file."""
     free, size = shutil.disk_usage(path.parent).free, len(names) * 3 * side**2
     check(free > size, f"--cache-dir: {size} bytes needed in {str(path.parent)!r}, {free} free")
@@ -436,14 +567,17 @@ def _decode(root, names, side, path):
 
     def decode(i):
         try:
-            out[i] = read_image(root / names[i], side)
+            out[i] = read_image(root / names[i], side, window, fit)
         except Exception as error:
             return f"{str(root / names[i])!r} cannot be read ({one_line(error)}); fix or delete it"
 
     try:
         lines = prefetch(decode, range(len(names)), os.cpu_count() or 1)
         lines = tqdm(lines, "decoding", len(names), leave=False, disable=SILENT)
-        broken = [line for line in lines if line]
+        with warnings.catch_warnings():
+            # Pillow's warnings do not name the file.
+            warnings.simplefilter("ignore")
+            broken = [line for line in lines if line]
         check(not broken, "\n".join(broken))
         out.flush()
         os.replace(temporary, path)
@@ -451,20 +585,37 @@ def _decode(root, names, side, path):
         temporary.unlink(missing_ok=True)
 
 
-def read_image(path, side):
-    """An image file as uint8 RGB [3, side, side]: center square, resized with antialiasing."""
+def read_image(path, side, window=None, fit="crop"):
+    """An image file as uint8 RGB [3, side, side], resized with antialiasing.
+
+    window: the values that become 0 and 255 in files with more than 8 bits; fit: as in `square`.
+    ValueError where Pillow would drop bits, channels or frames, OSError if it cannot read the file.
+    """
     with Image.open(path) as image:
+        frames, bands = getattr(image, "n_frames", 1), len(image.getbands())
+        # MPO: a photograph with another of its views.
+        if frames > 1 and image.format != "MPO":
+            raise ValueError(f"{frames} frames; save each as a file")
+        samples = image.tag_v2.get(277, bands) if image.format == "TIFF" else bands
+        deep = image.mode[0] in "IF"
+        if samples != bands or (";16" in str(image.tile) and not deep):
+            raise ValueError("Pillow drops channels or bits; use --dataset npz")
+        if deep != (window is not None):
+            raise ValueError(f"{'more than ' * deep}8 bits, unlike the other images")
         # JPEG: decode at a lower resolution that still suffices for the resize.
         image.draft(None, (2 * side, 2 * side))
         image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("32-bit floats; save it with 8 or 16 bits")
-        if image.mode.startswith("I"):
-            # 16 bits: keep the upper 8.
-            values = np.asarray(image).astype(np.float64) / 257
-            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+        if deep:
+            image = Image.fromarray(np.asarray(image, np.float32))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        resize = dict(crop=ImageOps.fit, pad=ImageOps.pad, stretch=Image.Image.resize)[fit]
+        image = image if deep else image.convert("RGB")
+        image = resize(image, (side, side), Image.Resampling.BILINEAR)
+    pixels = to_uint8(np.asarray(image), window)
+    return np.broadcast_to(pixels, (3, side, side)) if deep else pixels.transpose(2, 0, 1)
 
 
 def prefetch(function, items, threads):
@@ -525,7 +676,7 @@ def batches(images, args, first_step, device):
 # ---------------------------------------------------------------- encoder and monitors
 
 
-def build_encoder(name, image_size, width=64):
+def build_encoder(name, image_size, width=64, channels=3):
     """torchvision's ResNet without its classifier, and its feature dimension.
 
     width: channels of the first stage. Up to 64 px the stem is one 3x3 convolution without max-pool
@@ -544,7 +695,7 @@ def build_encoder(name, image_size, width=64):
     encoder = ResNet(block, blocks)
     encoder.bn1 = nn.BatchNorm2d(width)
     kernel, stride, padding = (3, 1, 1) if image_size <= 64 else (7, 2, 3)
-    encoder.conv1 = nn.Conv2d(3, width, kernel, stride, padding, bias=False)
+    encoder.conv1 = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
     if image_size <= 64:
         encoder.maxpool = nn.Identity()
@@ -552,6 +703,43 @@ def build_encoder(name, image_size, width=64):
     # encoder.pt names only encoders that this function can build again.
     encoder.architecture = dict(encoder=name, width=width)
     return encoder, 8 * width * block.expansion
+
+
+def start_encoder(args, images):
+    """build_encoder by the arguments for these images, with the weights of --init."""
+    encoder, dim = build_encoder(args.encoder, images.size, args.width, len(images.mean))
+    if args.init:
+        load_weights(encoder, args.init)
+    return encoder, dim
+
+
+def load_weights(encoder, init):
+    """Start from an encoder.pt, a state dict with torchvision's keys, or "imagenet". UserError.
+
+    A first convolution of other channels is averaged over them, and scaled to keep its output.
+    """
+    name = encoder.architecture["encoder"]
+    if init == "imagenet":
+        from torchvision.models import get_model
+
+        with user_errors(f"cannot get torchvision's weights of {name} for --init imagenet"):
+            state = get_model(name, weights="DEFAULT").state_dict()
+    else:
+        state = load_torch(init)
+        state = state.get("state_dict", state)
+    own = encoder.state_dict()
+    with user_errors(f"--init {init} holds no ResNet with torchvision's keys"):
+        stem, channels = state["conv1.weight"], own["conv1.weight"].shape[1]
+        if stem.shape[1] != channels:
+            stem = stem.mean(1, keepdim=True) * (stem.shape[1] / channels)
+            state["conv1.weight"] = stem.expand(-1, channels, -1, -1)
+        same = {key for key in own if key in state and state[key].shape == own[key].shape}
+    left = [f"{key} {list(own[key].shape)}" for key in own if key not in same]
+    check(len(left) < len(own) / 2, f"--init {init} does not fit --encoder {name} and --width")
+    encoder.load_state_dict({key: state[key] for key in same}, strict=False)
+    if RANK == 0:
+        rest = f"; not in it, or of another shape: {', '.join(left[:5])}" if left else ""
+        print(f"--init {init}: loaded {len(same)} of {len(own)} tensors{rest}")
 
 
 def load_encoder(path):
@@ -565,13 +753,28 @@ def load_encoder(path):
         name, state = info["encoder"], info.pop("state_dict")
         other = f"{str(path)!r} holds {name}, which is not one of torchvision's; build {name} "
         check(info["width"], other + "and give it torch.load(path)['state_dict']")
-        encoder, _ = build_encoder(info["encoder"], info["image_size"], info["width"])
+        size, channels = info["image_size"], len(info["mean"])
+        encoder, _ = build_encoder(name, size, info["width"], channels)
         encoder.load_state_dict(state)
     return encoder.eval(), info
 
 
+@torch.no_grad()
+def encode_files(path, files, device="cpu"):
+    """Features [N, feature_dim] float32 of image files by an encoder.pt, decoded as in training."""
+    encoder, info = load_encoder(path)
+    encoder.to(device)
+    form, features = [info[key] for key in ("side", "window", "fit")], []
+    for start in range(0, len(files), 256):
+        pixels = np.stack([read_image(file, *form) for file in files[start : start + 256]])
+        images = square(torch.from_numpy(pixels), info["image_size"])
+        images = normalize(images, info["mean"], info["std"])
+        features.append(encoder(images.to(device)).cpu())
+    return torch.cat(features).numpy()
+
+
 def normalize(images, mean, std):
-    """uint8 or [0, 1] float images [N, 3, H, W] -> (images - mean) / std, both [3, 1, 1]."""
+    """uint8 or [0, 1] float images [N, C, H, W] -> (images - mean) / std, both [C, 1, 1]."""
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     return (images - mean) / std
 
@@ -709,7 +912,8 @@ class Run:
         # What build_encoder needs to make the encoder again, or the name of another class.
         other = dict(encoder=type(encoder).__name__, width=None)
         self.architecture = getattr(encoder, "architecture", other)
-        self.args = args = replace(args, image_size=images.size, **self.architecture)
+        resolved = dict(image_size=images.size, window=images.window, **self.architecture)
+        self.args = args = replace(args, **resolved)
         self.state = dict(network=network, optimizer=optimizer, scaler=scaler)
         n, self.device = len(images.train), images.mean.device
         self.steps_per_epoch = n // args.batch_size
@@ -806,6 +1010,8 @@ class Run:
         columns = [square(sample, self.images.size).float() / 255]
         columns += [view for _ in range(3) for view in draw(sample)]
         rows = torch.stack(columns, 1).flatten(0, 1)
+        # The first three channels, or the first of two.
+        rows = rows[:, : 3 if rows.shape[1] > 2 else 1]
         rows = F.interpolate(rows, scale_factor=max(1, 64 // rows.shape[2]))
         with atomic_write(self.dir / "views.png") as file:
             save_image(rows, file, "png", nrow=len(columns))
@@ -937,18 +1143,17 @@ class Run:
         images, args = self.images, self.args
         if not args.epochs:
             self._log(dict(epoch=0, step=0, **knn_monitor(self.encoder, images, args.knn_k)))
-        arrays = dict(class_names=np.array(images.class_names, np.str_))
+        arrays = dict(images.extra, class_names=np.array(images.class_names, np.str_))
         for part in ("train", "test"):
             arrays[f"{part}_features"] = features = embed(self.encoder, images, part)
             arrays[f"{part}_labels"] = getattr(images, f"{part}_labels").numpy()
-            if images.train_files is not None:
-                arrays[f"{part}_files"] = np.array(getattr(images, f"{part}_files"), np.str_)
         meta = {k: v for k, v in self.facts.items() if k not in ("views", "images")}
         meta["data_dir"] = args.data_dir
         with atomic_write(self.dir / "embeddings.npz") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
         info = dict(self.architecture, image_size=images.size, feature_dim=features.shape[1])
         info |= dict(mean=images.mean.cpu(), std=images.std.cpu(), class_names=images.class_names)
+        info |= dict(side=images.train.shape[3], window=images.window, fit=args.fit)
         state = {key: value.cpu().contiguous() for key, value in self.encoder.state_dict().items()}
         save_torch(self.dir / "encoder.pt", dict(info, state_dict=state))
         records = [json.loads(line) for line in self.log_path.read_text().splitlines()]

@@ -281,7 +281,7 @@ def read_inputs(args):
 
 
 @functools.lru_cache(1)
-def load_run_images(dataset, data_dir, image_size, cache_dir, sizes):
+def load_run_images(sizes, dataset, data_dir, **source):
     """The images of a run, or None, with a note, if they cannot be loaded or are others."""
     from common import UserError, check, load_images
 
@@ -289,7 +289,7 @@ def load_run_images(dataset, data_dir, image_size, cache_dir, sizes):
         # Missing data would be downloaded.
         here = dataset == "digits" or (data_dir and Path(data_dir).exists())
         check(here, f"--data-dir {data_dir!r} does not exist")
-        images = load_images(dataset, data_dir, image_size, cache_dir)
+        images = load_images(dataset, data_dir, **source)
         same = (len(images.train), len(images.test)) == sizes
         check(same, f"the images in {data_dir!r} have changed")
         return images
@@ -301,9 +301,12 @@ def pictures(entry, args):
     """A function that gives the images of a Part, uint8 [N, size, size, 3]; None without images."""
     from common import square
 
-    source = [entry.meta.get(key) for key in ("dataset", "data_dir", "image_size")]
+    keys = "dataset data_dir image_size labels window fit".split()
+    source = {key: entry.meta[key] for key in keys if key in entry.meta}
+    if source.get("window"):
+        source["window"] = tuple(source["window"])
     sizes = len(entry.train), len(entry.test)
-    images = load_run_images(*source, args.cache_dir, sizes) if source[0] else None
+    images = "dataset" in source and load_run_images(sizes, cache_dir=args.cache_dir, **source)
     if images:
 
         def get(part):

@@ -51,14 +51,22 @@ class Args:
     """digits needs no download; folder and npz are your own images"""
     data_dir: str = "data"
     """where data sets are downloaded; for folder the root of the images, for npz the file"""
+    labels: str | None = None
+    """for folder: a CSV file with the columns file and label (and split, group)"""
+    window: tuple[float, float] | None = None
+    """for images with more than 8 bits: values of black and white (unset: their percentiles)"""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """how images become square"""
     cache_dir: str = "cache"
     """where the decoded images of a folder are kept"""
     image_size: int | None = None
     """side of the encoder's input in pixels (unset: that of the images, at most 224)"""
-    augment: Literal["auto", "photo", "symbol", "none"] = "auto"
-    """photo: crops, flips, color jitter; symbol: shifts, zooms, rotations; none: identical views"""
+    augment: Literal["auto", "photo", "overhead", "symbol", "none"] = "auto"
+    """photo: crops, flips, color; overhead: without an up; symbol: shifts, zooms; none: equal"""
     encoder: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None
     """torchvision's ResNet (resnet10: one block a stage); a 3x3 stem up to 64 pixels"""
+    init: str | None = None
+    """start from an encoder.pt, a state dict with torchvision's keys, or imagenet"""
     width: int | None = None
     """channels of the encoder's first stage (64 is torchvision's)"""
     # method
@@ -122,16 +130,19 @@ class View:
     solarize_p: float = 0.0
     # largest standard deviation of added gray noise
     noise: float = 0.0
+    # flips upside down and quarter turns
+    turn_p: float = 0.0
 
 
 PHOTO_VIEW = View((0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale_p=0.2, blur_p=0.5)
+OVERHEAD_VIEW = View((0.2, 1.0), flip_p=0.5, turn_p=0.5, jitter=(0.2, 0.2, 0.2, 0.05))
 SYMBOL_VIEW = View(rotate=10, shift=0.1, zoom=0.1, warp_p=0.5, jitter=(0.6, 0, 0, 0), noise=0.2)
-AUGMENT = dict(photo=[PHOTO_VIEW, PHOTO_VIEW], symbol=[SYMBOL_VIEW, SYMBOL_VIEW])
+AUGMENT = dict(photo=[PHOTO_VIEW] * 2, overhead=[OVERHEAD_VIEW] * 2, symbol=[SYMBOL_VIEW] * 2)
 
 
 def choose_views(augment, gray, image_size):
     """The two View settings: without color ops on gray images, without blur up to 64 pixels."""
-    views = AUGMENT.get(augment, [View(), View()])
+    views = AUGMENT.get(augment, [View()] * 2)
     if gray:
         views = [replace(v, jitter=(*v.jitter[:2], 0, 0), grayscale_p=0.0) for v in views]
     if image_size <= 64:
@@ -190,7 +201,9 @@ def affine(x, degrees, shift_x, shift_y, zoom):
 
 
 def to_grayscale(x):
-    """Luma [N, 1, H, W] of x [N, 3, H, W]."""
+    """Luma [N, 1, H, W] of x [N, 3, H, W]; the mean of other channels."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
     return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
@@ -218,8 +231,9 @@ def color_jitter(x, factors, hue, order):
     """
     x = x.clone()
     for t in range(4):
-        quarter = x.tensor_split(4)[t]
-        quarter.copy_(adjust_hue(quarter, hue.tensor_split(4)[t]))
+        if x.shape[1] == 3:
+            quarter = x.tensor_split(4)[t]
+            quarter.copy_(adjust_hue(quarter, hue.tensor_split(4)[t]))
         if t < 3:
             # Blend with black (op 0), mean gray (1) or gray (2).
             op, gray = order[:, t].view(-1, 1, 1, 1), to_grayscale(x)
@@ -251,6 +265,9 @@ def augment(images, view, size):
 
     if view.crop != (1.0, 1.0) or view.flip_p or (size, size) != x.shape[2:]:
         x = crop_resize(x, *crop_boxes(x, view.crop), chosen(view.flip_p, 1), size)
+    if view.turn_p:
+        x = torch.where(chosen(view.turn_p, 1, 1, 1), x.flip(2), x)
+        x = torch.where(chosen(view.turn_p, 1, 1, 1), x.mT, x)
     if view.warp_p:
         degrees, dx, dy, zoom = (uniform(x, -1, 1, n, 4) * chosen(view.warp_p, 1)).T
         x = affine(x, view.rotate * degrees, view.shift * dx, view.shift * dy, 1 + view.zoom * zoom)
@@ -265,7 +282,7 @@ def augment(images, view, size):
         # A tenth of the side, odd.
         blurred = gaussian_blur(x, uniform(x, 0.1, 2.0, n), max(3, 2 * (size // 20) + 1))
         x = torch.where(chosen(view.blur_p, 1, 1, 1), blurred, x)
-    if view.solarize_p:
+    if view.solarize_p and x.shape[1] == 3:
         x = torch.where(chosen(view.solarize_p, 1, 1, 1) & (x >= 0.5), 1 - x, x)
     if view.noise:
         # The same in all channels.
@@ -386,16 +403,15 @@ def main(args):
     """Train with the arguments, write the run folder, and return its path."""
     import common
 
-    args = common.resolve(args, RECIPES)
+    given, args = args, common.resolve(args, RECIPES)
     common.check(args.temperature > 0, f"--temperature {args.temperature} must be above 0")
     device, amp_dtype = common.set_up(args)
-    images = common.load_images(
-        args.dataset, args.data_dir, args.image_size, args.cache_dir, device
-    )
+    images = common.load_images(**common.image_args(args), device=device)
+    args = common.resolve(given, RECIPES, len(images.train))
     views = choose_views(args.augment, images.gray, images.size)
 
     common.seed_draws(args.seed, "weights")
-    encoder, feature_dim = common.build_encoder(args.encoder, images.size, args.width)
+    encoder, feature_dim = common.start_encoder(args, images)
     network = SimCLR(
         encoder, feature_dim, args.hidden_dim, args.projection_dim, args.projection_layers
     )

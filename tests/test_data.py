@@ -1,10 +1,12 @@
 """Images in, from every source; features out: the encoder, embed, the kNN monitor, spread."""
 
 import gzip
+import json
 import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import threading
 import time
 from pathlib import Path
@@ -90,12 +92,14 @@ def test_mean_and_std_equal_numpy(tmp_path):
     np.testing.assert_allclose(found.permute(0, 2, 3, 1), (train / 255 - mean) / std, atol=1e-5)
 
 
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [12, 30, 47])
-def test_square_equals_torchvision(size):
-    """The shorter side is resized with antialiasing, then the center square is cut."""
+def test_square_equals_torchvision(size, fit):
+    """The center square, the image with black sides, or the whole image, resized smoothly."""
     images = torch.from_numpy(smooth(40, 30)).permute(2, 0, 1)[None]
-    expected = v2.CenterCrop(size)(v2.Resize(size)(images))
-    torch.testing.assert_close(common.square(images, size), expected, rtol=0, atol=1)
+    whole = dict(crop=images[:, :, 5:35], pad=v2.Pad([5, 0])(images), stretch=images)[fit]
+    expected = v2.Resize([size, size])(whole)
+    torch.testing.assert_close(common.square(images, size, fit), expected, rtol=0, atol=1)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "stl10"])
@@ -156,7 +160,7 @@ def test_cifar10_jpeg_folder(tmp_path):
     images = load(tmp_path)
     assert images.train.shape == (2000, 3, 32, 32) and images.class_names == ["cat", "dog"]
     for i in range(0, 2000, 300):
-        with Image.open(tmp_path / images.train_files[i]) as image:
+        with Image.open(tmp_path / images.extra["train_files"][i]) as image:
             np.testing.assert_array_equal(as_hwc(images.train[i]), image)
 
 
@@ -169,7 +173,8 @@ LAYOUTS = {
     "no test": ("train/a/0.png train/b/1.png", "a b", [0, 1], []),
     "unlabelled test": ("train/a/0.png train/b/1.png test/2.png", "a b", [0, 1], [-1]),
     "tree": ("0.png sub/1.png sub/deeper/2.png", "", [-1, -1, -1], []),
-    "loose file in train": ("train/a/0.png train/1.png test/a/2.png", "", [-1, -1], [-1]),
+    "loose file in train": ("train/1.png train/a/2.png train/b/0.png", "a b", [-1, 0, 1], []),
+    "outside of train": ("train/a/0.png train/b/1.png more/2.png", "a b", [0, 1], []),
     "hidden": (
         "train/a/0.png train/b/1.png train/.ipynb_checkpoints/2.png train/a/._3.png",
         "a b",
@@ -192,10 +197,14 @@ def test_folder_layout(tmp_path, capsys, name):
     assert images.class_names == class_names.split()
     assert images.train_labels.tolist() == train_labels
     assert images.test_labels.tolist() == test_labels
-    files = images.train_files + images.test_files
+    out = capsys.readouterr().out
+    assert ("1 of 3 training images are unlabelled\n" in out) == (name == "loose file in train")
+    assert ("3 of 3 training images are unlabelled; label" in out) == (name == "tree")
+    ignored = ", 1 images outside of train/ and test/" if name == "outside of train" else ""
+    assert f"note: ignored in {str(tmp_path)!r}: 1 .txt{ignored}\n" in out
+    files = [*images.extra["train_files"], *images.extra["test_files"]]
     for file, image in zip(files, torch.cat([images.train, images.test])):
         np.testing.assert_array_equal(as_hwc(image), noise(8, 8, 3, seed=names.index(file)))
-    assert ("no labels" in capsys.readouterr().out) == (name == "loose file in train")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +235,6 @@ def test_folder_of_links(photos, tmp_path):
 def write_modes(root):
     """Write a file of each mode; return their expected pixels by file name."""
     color, gray = smooth(32, 48), smooth(32, 48)[..., 0]
-    deep = np.linspace(0, 65535, 32 * 48).reshape(32, 48).astype(np.uint16)
     palette = Image.fromarray(color).quantize(64)
     ink = Image.fromarray(np.dstack([255 - color, 0 * gray]), mode="CMYK")
     exif = Image.Exif()
@@ -234,9 +242,8 @@ def write_modes(root):
     exif[0x0112] = 6
     files = {
         "bilevel.png": (gray > 127, (gray > 127) * 255),
-        "alpha.png": (np.dstack([color, gray]), color),
+        "alpha.png": (np.dstack([color, gray]), 255 - (255.0 - color) * (gray / 255)[..., None]),
         "palette.gif": (palette, palette.convert("RGB")),
-        "deep.png": (deep, deep >> 8),
         "cmyk.jpg": (ink, color),
         "rotated.jpg": (color, np.rot90(color, -1)),
     }
@@ -246,12 +253,12 @@ def write_modes(root):
     return {name: np.array(pixels, np.uint8) for name, (_, pixels) in files.items()}
 
 
-@pytest.mark.parametrize("size, side", [(32, 32), (16, 18), (8, 9)])
+@pytest.mark.parametrize("size, side", [(32, 32), (16, 24), (8, 12)])
 def test_read_image_modes(tmp_path, size, side):
-    """Every mode becomes RGB as Pillow resizes the expected pixels, upright, alpha dropped."""
+    """Every mode becomes RGB as Pillow resizes the expected pixels: upright, alpha on white."""
     expected = write_modes(tmp_path)
     images = load(tmp_path, size)
-    for name, image in zip(images.train_files, images.train):
+    for name, image in zip(images.extra["train_files"], images.train):
         pixels = Image.fromarray(expected.pop(name)).convert("RGB")
         pixels = np.array(ImageOps.fit(pixels, (side, side), Image.Resampling.BILINEAR), int)
         assert np.abs(as_hwc(image) - pixels).max() <= (15 if "jpg" in name else 1), name
@@ -260,12 +267,12 @@ def test_read_image_modes(tmp_path, size, side):
 
 @pytest.mark.parametrize(
     "sides, asked, size, side",
-    [([20, 24, 22], None, 22, 22), ([300], None, 224, 256), ([90], 56, 56, 64), ([24], 56, 56, 56)],
+    [([20, 24, 22], None, 22, 22), ([400], None, 224, 336), ([90], 56, 56, 84), ([24], 56, 56, 56)],
 )
 def test_image_size_of_a_folder(tmp_path, sides, asked, size, side):
-    """Unset: the median side, at most 224. Kept an eighth larger if the files are that large."""
+    """Unset: the median side, at most 224. Kept half as large again if the files are that large."""
     for shorter in sides:
-        write(tmp_path / f"{shorter}.png", noise(shorter, 320))
+        write(tmp_path / f"{shorter}.png", noise(shorter, 420))
     images = load(tmp_path, asked)
     assert images.size == size and images.train.shape[2:] == (side, side)
 
@@ -278,12 +285,297 @@ def test_broken_images_are_all_named(run_cli, tmp_path):
     for name, size in sizes.items():
         os.truncate(tmp_path / name, size)
     write(tmp_path / "float.tif", np.ones((64, 64), np.float32))
+    Image.fromarray(noise(64, 64)).save(
+        tmp_path / "stack.tif", save_all=True, append_images=[Image.fromarray(noise(64, 64))]
+    )
     result = run_cli(simclr, *flags(dataset="folder", data_dir=tmp_path, batch_size=2))
     lines = result.err.splitlines()
-    assert result.status == 2 and len(lines) == 5, result
-    for line, name in zip(lines, sorted([*sizes, "float.tif"])):
+    assert result.status == 2 and len(lines) == 6, result
+    assert "2 frames; save each as a file" in lines[4]
+    for line, name in zip(lines, sorted([*sizes, "float.tif", "stack.tif"])):
         assert line.startswith(f"error: {str(tmp_path / name)!r} cannot be read"), line
     assert {path.suffix for path in Path("cache").iterdir()} <= {".lock"}
+
+
+# ---------------------------------------------------------------- more than 8 bits
+
+
+def twelve_bits(n=1, side=16, seed=0):
+    """Images of 12-bit values, which use all 4,096, in 16 bits."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 4096, (n, side, side)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["tif", "png", "float.tif", "npz"])
+def test_12_bits_use_the_whole_range(tmp_path, kind):
+    """12-bit data in 16-bit or float files, and in .npz, become most of the 256 levels."""
+    arrays = twelve_bits(8)
+    if kind == "npz":
+        images = load_npz(tmp_path, train_images=arrays)
+    else:
+        for i, array in enumerate(arrays.astype(np.float32) if "float" in kind else arrays):
+            write(tmp_path / f"train/{i}.{kind.split('.')[-1]}", array)
+        images = load(tmp_path)
+    low, high = np.percentile(arrays, (0.1, 99.9))
+    assert images.window == pytest.approx((low, high), abs=2) and images.gray
+    assert len(images.train.unique()) >= 200
+    expected = ((arrays - low) / (high - low) * 255).clip(0, 255)
+    assert np.abs(images.train[:, 0].numpy() - expected).max() <= 1
+
+
+def test_window_flag(run_cli, tmp_path):
+    """--window fixes the values of black and white, in args.json, encoder.pt and the cache."""
+    for i, array in enumerate(twelve_bits(8)):
+        write(tmp_path / f"photos/{i}.tif", array)
+    words = dict(dataset="folder", data_dir=tmp_path / "photos", epochs=0, width=16)
+    for name, window in dict(a=[0, 4095], b=[100, 300]).items():
+        flag = ["--window", *map(str, window)]
+        assert run_cli(simclr, *flags(**words, run_dir=tmp_path / name), *flag).status == 0
+        assert json.loads((tmp_path / name / "args.json").read_text())["args"]["window"] == window
+        assert torch.load(tmp_path / name / "encoder.pt")["window"] == tuple(window)
+    assert len(cached()) == 2
+    images = common.load_images("folder", tmp_path / "photos", window=(100, 300))
+    expected = (twelve_bits(8) - 100.0).clip(0, 200) * 255 / 200
+    assert np.abs(images.train[:, 0].numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--window", "5", "5"], "the first must be below the second"),
+        (["--window", "0", "100"], "--window is for images with more than 8 bits"),
+        (["--labels", "nowhere.csv"], "cannot read --labels 'nowhere.csv'"),
+        (["--dataset", "digits", "--labels", "x.csv"], "--labels needs --dataset folder"),
+        (["--init", "nowhere.pt"], "nowhere.pt"),
+        (["--fit", "squeeze"], None),
+    ],
+)
+def test_bad_values_for_own_images(run_cli, photos, words, says):
+    """One line names the flag."""
+    result = run_cli(simclr, "--dataset", "folder", "--data-dir", photos, *words)
+    assert result.status == 2
+    assert says is None or (result.err.startswith("error: ") and says in result.err)
+    assert says is None or len(result.err.splitlines()) == 1
+
+
+def test_odd_files_are_named(photos, tmp_path):
+    """Files that differ in depth, or whose bits, channels or frames Pillow drops, are named."""
+    root = shutil.copytree(photos, tmp_path / "photos")
+    write(root / "train/class 0/deep.tif", twelve_bits()[0])
+    extra = np.dstack([noise(8, 8, 3), noise(8, 8, 2)])
+    write_tiff(root / "train/class 0/five.tif", extra)
+    write_tiff(root / "train/class 0/color16.tif", np.uint16(16) * noise(8, 8, 3))
+    with pytest.raises(common.UserError) as error:
+        load(root)
+    lines = str(error.value).splitlines()
+    says = [
+        "color16.tif",
+        "Pillow drops",
+        "deep.tif",
+        "more than 8 bits",
+        "five.tif",
+        "Pillow drops",
+    ]
+    assert len(lines) == 3
+    for line, (name, words) in zip(lines, zip(says[::2], says[1::2])):
+        assert name in line and words in line
+
+
+def write_tiff(path, array):
+    """A little-endian TIFF of color images with more channels or bits than Pillow writes."""
+    height, width, channels = array.shape
+    entries = [(256, 3, [width]), (257, 3, [height]), (258, 3, [8 * array.itemsize] * channels)]
+    entries += [(259, 3, [1]), (262, 3, [2]), (273, 4, [1000]), (277, 3, [channels])]
+    entries += [(278, 3, [height]), (279, 4, [array.nbytes])]
+    if channels > 3:
+        entries.append((338, 3, [0] * (channels - 3)))
+    table, more = struct.pack("<H", len(entries)), b""
+    for tag, kind, values in entries:
+        data = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        if len(data) > 4:
+            data, more = struct.pack("<I", 500 + len(more)), more + data
+        table += struct.pack("<HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
+    head = (b"II*\0" + struct.pack("<I", 8) + table + bytes(4)).ljust(500, b"\0")
+    path.write_bytes((head + more).ljust(1000, b"\0") + array.tobytes())
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 32])
+def test_npz_with_any_channels_trains(run_cli, tmp_path, method, channels):
+    """1 to 32 channels train, resume, and write pictures and an encoder that loads again."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60000, (40, 8, 8, channels)).astype(np.uint16)
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=np.arange(40) % 2)
+    words = dict(dataset="npz", data_dir=tmp_path / "x.npz", run_dir=tmp_path / "run", width=16)
+    words |= dict(epochs=1, batch_size=20, hidden_dim=16, projection_dim=16, encoder="resnet10")
+    for _ in range(2):
+        result = run_cli(method, *flags(**words, resume=True))
+        assert result.status == 0, result
+    encoder, info = common.load_encoder(tmp_path / "run/encoder.pt")
+    expected = channels if channels > 1 else 3
+    assert encoder.conv1.in_channels == expected == len(info["mean"])
+    with Image.open(tmp_path / "run/views.png") as picture:
+        picture.load()
+
+
+def test_transparent_images_on_white(tmp_path):
+    """The colors below full transparency do not appear, in RGBA and in palette images."""
+    pixels = np.dstack([noise(8, 8, 3), np.zeros((8, 8), np.uint8)])
+    write(tmp_path / "0.png", pixels)
+    palette = Image.fromarray(noise(8, 8, 3)).quantize(8)
+    palette.save(tmp_path / "1.png", transparency=bytes(8))
+    assert (load(tmp_path).train == 255).all()
+
+
+def test_note_on_images_far_from_square(tmp_path, capsys):
+    """A folder whose center squares keep less than half of the pixels is answered with --fit."""
+    write(tmp_path / "0.png", noise(20, 60))
+    load(tmp_path)
+    assert "center squares keep 33% of the pixels; --fit pad" in capsys.readouterr().out
+    images = common.load_images("folder", tmp_path, fit="pad")
+    assert images.train.shape == (1, 3, 60, 60) and not images.train[:, :, :20].any()
+    assert "keep" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- labels from a table
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """An unlabelled folder of 12 images."""
+    for i in range(12):
+        write(tmp_path / "scans" / f"{i:02}.png", noise(8, 8, 3, seed=i))
+    return tmp_path / "scans"
+
+
+def table(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
+    """file, label, split, group: unlisted files stay unlabelled; groups reach embeddings.npz."""
+    lines = [f"{i:02}.png,{'ab'[i % 2]},{'test' if i > 7 else ''},g{i // 2}" for i in range(10)]
+    labels = table(tmp_path / "labels.csv", "file,label,split,group", *lines)
+    images = common.load_images("folder", scans, labels=labels)
+    assert images.class_names == ["a", "b"]
+    assert images.train_labels.tolist() == [0, 1] * 4 + [-1, -1]
+    assert images.test_labels.tolist() == [0, 1]
+    words = dict(dataset="folder", data_dir=scans, labels=labels, epochs=0, width=16)
+    result = run_cli(simclr, *flags(**words, run_dir=tmp_path / "run"))
+    assert "2 of 10 training images are unlabelled\n" in result.out and not result.err
+    arrays = np.load(tmp_path / "run/embeddings.npz")
+    expected = [f"g{i // 2}" for i in range(8)] + ["10.png", "11.png"]
+    assert arrays["train_groups"].tolist() == expected
+    assert arrays["test_groups"].tolist() == ["g4", "g4"] and "warning" not in result.out
+    assert run_cli(knn_eval, tmp_path / "run").status == 0
+    assert (tmp_path / "run/knn/neighbors.png").exists()
+
+
+def test_group_on_both_sides_of_the_split(scans, tmp_path, capsys):
+    """A group in training and test is a warning with the number."""
+    lines = [f"{i:02}.png,{'ab'[i % 2]},{'test' if i > 7 else ''},g{i % 3}" for i in range(10)]
+    labels = table(tmp_path / "labels.csv", "file,label,split,group", *lines)
+    common.load_images("folder", scans, labels=labels)
+    assert "warning: 2 groups are in training and test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "lines, says",
+    [
+        (["file,label", "00.png,a", "99.png,b"], "line 3: '99.png' is not an image"),
+        (["file,label", "00.png,a", "./00.png,b"], "line 3: '00.png' is listed twice"),
+        (["file,label", "00.png,a", "01.png,"], "line 3: a file and a label are needed"),
+        (["name,label", "00.png,a"], "line 2: a file and a label are needed"),
+        (["file,label,split", "00.png,a,dev"], "split is 'dev'"),
+        (["file,label"], "lists no file"),
+        (["file,label", "00.png,a"], "only one class"),
+    ],
+)
+def test_mistakes_in_a_table(refused, scans, tmp_path, lines, says):
+    """Each is one error line that names the line of the table."""
+    labels = table(tmp_path / "labels.csv", *lines)
+    refused(simclr, *flags(dataset="folder", data_dir=scans, labels=labels), says=[says])
+
+
+# ---------------------------------------------------------------- starting from weights
+
+
+def test_encode_files_equals_embeddings(run_cli, photos, tmp_path, method):
+    """encoder.pt and the image files give the features of embeddings.npz, deep files as well."""
+    for i, array in enumerate(twelve_bits(6, side=30)):
+        write(tmp_path / f"deep/{i}.tif", array)
+    for root, size in ((photos, 16), (tmp_path / "deep", None)):
+        words = dict(dataset="folder", data_dir=root, run_dir=tmp_path / f"{size}", width=16)
+        words |= dict(epochs=1, batch_size=4, image_size=size, encoder="resnet10")
+        assert run_cli(method, *flags(**words)).status == 0
+        arrays = np.load(tmp_path / f"{size}/embeddings.npz")
+        files = [root / name for name in arrays["train_files"]]
+        found = common.encode_files(tmp_path / f"{size}/encoder.pt", files)
+        np.testing.assert_allclose(found, arrays["train_features"], rtol=1e-3, atol=1e-4)
+
+
+def test_init_from_an_encoder(run_cli, finished, tiny, tmp_path, method):
+    """--init encoder.pt --epochs 0 embeds by that encoder; unset flags take its architecture."""
+    weights = finished("simclr") / "encoder.pt"
+    words = tiny(run_dir=tmp_path / "run", init=weights, epochs=0, width=None)
+    result = run_cli(method, *flags(**words))
+    assert result.status == 0 and "loaded 120 of 120 tensors\n" in result.out, result
+    a, b = (np.load(run / "embeddings.npz") for run in (finished("simclr"), tmp_path / "run"))
+    np.testing.assert_array_equal(a["test_features"], b["test_features"])
+    torch.save(torch.load(weights)["state_dict"], tmp_path / "state.pt")
+    words |= dict(run_dir=tmp_path / "state", init=tmp_path / "state.pt", width=16)
+    assert run_cli(method, *flags(**words, encoder="resnet18")).status == 0
+    c = np.load(tmp_path / "state/embeddings.npz")
+    np.testing.assert_array_equal(a["test_features"], c["test_features"])
+    result = run_cli(method, *flags(**words | dict(run_dir=tmp_path / "wide", width=32)))
+    assert result.status == 2 and "does not fit --encoder resnet18 and --width" in result.err
+
+
+def test_init_adapts_the_first_convolution(capsys):
+    """Other channels are averaged; a 7x7 stem is left out of a 3x3 one, and that is printed."""
+    source, _ = common.build_encoder("resnet18", 96, 16)
+    torch.save(source.state_dict(), "seven.pt")
+    encoder, _ = common.build_encoder("resnet18", 96, 16, channels=5)
+    common.load_weights(encoder, "seven.pt")
+    # The same response to images that are equal in all channels.
+    x = torch.rand(2, 1, 96, 96)
+    a, b = source.eval()(x.expand(-1, 3, -1, -1)), encoder.eval()(x.expand(-1, 5, -1, -1))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    small, _ = common.build_encoder("resnet18", 32, 16)
+    before = small.conv1.weight.clone()
+    capsys.readouterr()
+    common.load_weights(small, "seven.pt")
+    assert torch.equal(small.conv1.weight, before)
+    assert "loaded 119 of 120 tensors" in capsys.readouterr().out
+    assert torch.equal(small.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
+def test_init_imagenet(monkeypatch):
+    """torchvision's weights by get_model, without their classifier."""
+    weights = torchvision.models.resnet18()
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: MODELS[name])
+    MODELS = dict(resnet18=weights)
+    encoder, _ = common.build_encoder("resnet18", 96)
+    common.load_weights(encoder, "imagenet")
+    weights.fc = torch.nn.Identity()
+    x = torch.rand(2, 3, 96, 96)
+    torch.testing.assert_close(encoder.eval()(x), weights.eval()(x))
+    encoder, _ = common.build_encoder("resnet10", 96)
+    with pytest.raises(common.UserError, match="weights of resnet10"):
+        common.load_weights(encoder, "imagenet")
+
+
+def test_small_sets_get_smaller_batches_and_more_epochs(method):
+    """Unset: a quarter of the images a batch, and the recipe's steps up to 1,000 epochs."""
+    recipe = method.RECIPES["folder"]
+    for n, batch_size, epochs in ((100, 25, 1000), (1000, 250, 1000), (20000, 512, 500)):
+        args = common.resolve(method.Args(dataset="folder"), method.RECIPES, n)
+        assert (args.batch_size, args.epochs) == (batch_size, epochs)
+        assert args.lr == pytest.approx(recipe["lr"] * batch_size / recipe["batch_size"])
+    args = common.resolve(method.Args(dataset="folder", epochs=3), method.RECIPES, 100)
+    assert args.epochs == 3
+    args = common.resolve(method.Args(dataset="folder"), method.RECIPES, 10**6)
+    assert args.epochs == recipe["epochs"]
 
 
 # ---------------------------------------------------------------- decoded images
@@ -316,7 +608,7 @@ def test_changed_folder_is_decoded_again(photos, tmp_path, change):
     load(root)
     change(root / "train" / "class 0" / "0.png")
     images, fresh = load(root), load(root, cache="fresh")
-    assert len(cached()) == 2 and images.train_files == fresh.train_files
+    assert len(cached()) == 2 and (images.extra["train_files"] == fresh.extra["train_files"]).all()
     assert torch.equal(images.train, fresh.train)
 
 
@@ -324,10 +616,10 @@ def test_killed_while_decoding(photos, monkeypatch):
     """A killed decoding leaves nothing under the final name, and the next start decodes."""
     read_image = common.read_image
 
-    def read_or_die(path, side):
+    def read_or_die(path, *form):
         if path.name == "17.png":
             os.kill(os.getpid(), signal.SIGKILL)
-        return read_image(path, side)
+        return read_image(path, *form)
 
     with monkeypatch.context() as patch:
         patch.setattr(common, "read_image", read_or_die)
@@ -342,11 +634,11 @@ def test_two_runs_starting_together_decode_once(photos, monkeypatch):
     """The second run waits for the decoded file of the first."""
     read_image = common.read_image
 
-    def noting(path, side):
+    def noting(path, *form):
         with open("decoded", "a") as file:
             file.write(f"{path}\n")
         time.sleep(0.02)
-        return read_image(path, side)
+        return read_image(path, *form)
 
     monkeypatch.setattr(common, "read_image", noting)
     processes = [FORK.Process(target=load, args=[photos]) for _ in range(2)]
@@ -374,8 +666,8 @@ def test_training_from_mapped_files_equals_memory(photos, tiny, monkeypatch):
     """Images mapped from the decoded file and images in memory give the same bytes."""
     load_images, outcomes = common.load_images, []
 
-    def in_memory(*args):
-        images = load_images(*args)
+    def in_memory(**args):
+        images = load_images(**args)
         images.train, images.test = images.train.clone(), images.test.clone()
         return images
 
@@ -418,7 +710,11 @@ def test_npz_without_labels_or_test(tmp_path):
 MALFORMED = {
     "missing": ("train_images", None, "lacks train_images"),
     "float images": ("train_images", np.zeros((9, 8, 8)), "float64"),
-    "two channels": ("test_images", noise(9, 8, 8, 2), "test_images"),
+    "other channels": ("test_images", noise(9, 8, 8, 2), "differ in channels"),
+    "33 channels": ("train_images", noise(9, 8, 8, 33), "C up to 32"),
+    "scalar": ("train_images", np.array(1), "train_images"),
+    "nan": ("train_images", np.full((9, 8, 8), np.nan, np.float32), "not finite"),
+    "groups": ("train_groups", np.arange(3), "train_groups must be 9"),
     "too few labels": ("train_labels", np.arange(8), "must be 9 integers"),
     "float labels": ("train_labels", np.zeros(9), "float64"),
     "one-hot labels": ("train_labels", np.eye(9, dtype=int), "[81]"),
