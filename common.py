@@ -942,6 +942,10 @@ class Run:
 
     def _open(self):
         """Create and lock the folder; return its checkpoint, or None."""
+        path = self.dir / "checkpoint.pt"
+        holds_run = path.exists() or (self.dir / "embeddings.npz").exists()
+        message = f"--run-dir {str(self.dir)!r} holds a run; add --resume or name another"
+        check(self.args.resume or not holds_run, message)
         with user_errors(f"cannot write to --run-dir {str(self.dir)!r}", OSError):
             self.dir.mkdir(parents=True, exist_ok=True)
             if Run.lock:
@@ -951,10 +955,6 @@ class Run:
                 self.lock.acquire(timeout=0)
             except filelock.Timeout:
                 raise UserError(f"--run-dir {str(self.dir)!r} is in use by another run") from None
-        path = self.dir / "checkpoint.pt"
-        holds_run = path.exists() or (self.dir / "embeddings.npz").exists()
-        message = f"--run-dir {str(self.dir)!r} holds a run; add --resume or name another"
-        check(self.args.resume or not holds_run, message)
         return load_torch(path) if path.exists() else None
 
     def _resume(self, checkpoint):
@@ -1142,6 +1142,8 @@ class Run:
             return self.dir
         images, args = self.images, self.args
         if not args.epochs:
+            # A later --resume compares its arguments.
+            self._save(-1)
             self._log(dict(epoch=0, step=0, **knn_monitor(self.encoder, images, args.knn_k)))
         arrays = dict(images.extra, class_names=np.array(images.class_names, np.str_))
         for part in ("train", "test"):

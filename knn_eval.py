@@ -162,9 +162,14 @@ def whiten(train, test, ridge=0.01):
 
     ridge times the mean variance is added to each variance.
     """
-    variances, axes = np.linalg.eigh(np.atleast_2d(np.cov(train, rowvar=False)))
-    scale = (variances + ridge * variances.mean() + 1e-12) ** -0.5
-    return [(features - train.mean(axis=0)) @ (axes * scale) @ axes.T for features in (train, test)]
+    center = train.mean(axis=0)
+    _, values, axes = np.linalg.svd(train - center, full_matrices=False)
+    variances = values**2 / max(1, len(train) - 1)
+    least = ridge * variances.sum() / train.shape[1] + 1e-12
+    # Directions in which train does not vary are scaled by least ** -0.5.
+    scale = (variances + least) ** -0.5 - least**-0.5
+    parts = [features - center for features in (train, test)]
+    return [x * least**-0.5 + (x @ axes.T * scale) @ axes for x in parts]
 
 
 @dataclass
@@ -247,7 +252,7 @@ def read_embeddings(path):
             x = check_array(x, dtype=FLOATS, ensure_min_samples=least, input_name=name)
             index = np.arange(len(x))
             labels = arrays.get(f"{part}_labels", -1 + 0 * index)
-            labels = labels.astype(np.int64, casting="same_kind")
+            labels = labels.flatten().astype(np.int64, casting="same_kind")
             files, groups = (arrays.get(f"{part}_{name}", index) for name in ("files", "groups"))
             check_consistent_length(x, labels, files, groups)
             groups = np.unique(groups, return_inverse=True)[1]
@@ -266,33 +271,40 @@ def read_inputs(args):
     paths = map(Path, args.inputs or sorted(Path("runs").glob("*/embeddings.npz")))
     inputs = [read_embeddings(p / "embeddings.npz" if p.is_dir() else p) for p in paths]
     check(inputs, "no run under runs/ to evaluate; train one (python simclr.py) or name an .npz")
+    sets = {str(entry.meta.get("dataset")) for entry in inputs}
     for entry in inputs:
-        method = entry.meta.get("method", entry.name)
-        entry.column = "untrained" if entry.meta.get("epochs") == 0 else method
+        entry.column = entry.meta.get("method", entry.name)
+        entry.keys = [key for key in entry.meta if key not in ("method", "dataset", "seed")]
+        if entry.meta.get("epochs") == 0:
+            entry.column, entry.keys = "untrained", ["encoder", "width", "image_size", "init"]
+        entry.column += f" {entry.meta.get('dataset')}" * (len(sets) > 1)
     for column in {entry.column for entry in inputs}:
         # Runs of one method are named by the flags in which they differ.
         same = [entry for entry in inputs if entry.column == column]
-        for key in same[0].meta:
-            values = {str(entry.meta.get(key)) for entry in same}
-            if len(values) > 1 and not (key == "seed" and args.group_seeds):
-                for entry in same:
-                    entry.column += f" {key.replace('_', '-')} {entry.meta.get(key)}"
+        for entry in same:
+            others = [other.meta for other in same]
+            shown = [key for key in entry.keys if len({str(m.get(key)) for m in others}) > 1]
+            flags = "".join(f" {key.replace('_', '-')} {entry.meta.get(key)}" for key in shown)
+            entry.column += flags if len(shown) < 4 else f" {entry.name}"
+            entry.run = entry.column, entry.meta.get("seed")
+    for entry in inputs:
+        if [other.run for other in inputs].count(entry.run) > 1:
+            entry.column += f" {entry.name}"
+        elif not args.group_seeds:
+            entry.column += f" seed {entry.meta.get('seed')}"
     return inputs
 
 
 @functools.lru_cache(1)
-def load_run_images(sizes, dataset, data_dir, **source):
-    """The images of a run, or None, with a note, if they cannot be loaded or are others."""
+def load_run_images(dataset, data_dir, **source):
+    """The images of a run, or None, with a note, if they cannot be loaded."""
     from common import UserError, check, load_images
 
     try:
         # Missing data would be downloaded.
         here = dataset == "digits" or (data_dir and Path(data_dir).exists())
         check(here, f"--data-dir {data_dir!r} does not exist")
-        images = load_images(dataset, data_dir, **source)
-        same = (len(images.train), len(images.test)) == sizes
-        check(same, f"the images in {data_dir!r} have changed")
-        return images
+        return load_images(dataset, data_dir, **source)
     except UserError as error:
         print(f"no pictures: {error}")
 
@@ -305,27 +317,34 @@ def pictures(entry, args):
     source = {key: entry.meta[key] for key in keys if key in entry.meta}
     if source.get("window"):
         source["window"] = tuple(source["window"])
-    sizes = len(entry.train), len(entry.test)
-    images = "dataset" in source and load_run_images(sizes, cache_dir=args.cache_dir, **source)
-    if images:
+    images = load_run_images(cache_dir=args.cache_dir, **source) if "dataset" in source else None
+    if not images:
+        return None
+    for part in (entry.train, entry.test):
+        files = images.extra.get(f"{part.name}_files", np.arange(len(getattr(images, part.name))))
+        if not np.array_equal(files, part.files):
+            print(f"no pictures: the images in {source['data_dir']!r} have changed")
+            return None
 
-        def get(part):
-            pixels = getattr(images, part.name)[part.rows]
-            return square(pixels, images.size).permute(0, 2, 3, 1).numpy()
+    def get(part):
+        pixels = getattr(images, part.name)[part.rows]
+        return square(pixels, images.size).permute(0, 2, 3, 1).numpy()
 
-        return get
+    return get
 
 
-def pixels_of(entry, args):
+def pixels_of(name, entry, args):
     """The raw pixels of the data set that an input's meta names, as an input. UserError."""
     from common import check
 
     get = pictures(entry, args)
     check(get, f"--pixels: the images of {entry.name} cannot be loaded")
     entry = copy.deepcopy(entry)
-    entry.name = entry.column = f"pixels of {entry.meta['dataset']}"
+    entry.name = entry.column = f"pixels of {name}"
     for part in (entry.train, entry.test):
-        part.features = get(part).reshape(len(part), -1).astype(np.float32)
+        pixels = get(part)
+        # -1 is ambiguous without test images.
+        part.features = pixels.reshape(len(part), np.prod(pixels.shape[1:])).astype(np.float32)
     return entry
 
 
@@ -335,6 +354,10 @@ def pixels_of(entry, args):
 TABLES = dict(knn="k", labels="labels per class", probe="labels per class, logistic regression")
 # Rows of the tables that are not numbers.
 WORDS = ("all", "chosen k")
+# Files of an earlier evaluation in the same folder that must not stay next to the new ones.
+KNOWN = (
+    "labels.csv labels.png probe.csv probe.png suspects.csv neighbors.png embedding_2d.png".split()
+)
 
 
 def vote(args, *data, **options):
@@ -354,6 +377,8 @@ def evaluate(entry, args):
     result["tables"] = {name: {} for name in TABLES}
     if not len(train):
         train, test = entry.train, entry.test
+    elif not len(test):
+        result["column"] += " (leave-one-out)"
     # The images that vote and those that are predicted; without test images, the same.
     entry.voters, entry.queries, entry.predicted = train, test if len(test) else train, None
     if result["n_train"]:
@@ -372,7 +397,7 @@ def sweep(entry, args, table):
     train, truth, name = entry.voters, entry.queries.labels, entry.class_name
     n = len(train) - np.bincount(train.groups).max()
     ks = [k for k in sorted(set(args.ks)) if k <= n]
-    check(ks, f"{entry.name}: --ks {min(args.ks)} is above {n}, the usable training points")
+    check(ks, f"{entry.name}: --ks {min(args.ks)} is above {n}, the training images less one group")
     data, extra = (train.features, train.labels), dict(groups=train.groups, return_shares=True)
     predictions, shares = vote(args, *data, None, ks, **extra)
     leave_one_out = {k: (predictions[k] == train.labels).mean() for k in ks}
@@ -397,24 +422,26 @@ def sweep(entry, args, table):
 
 def labels_needed(entry, args, tables):
     """Fill {n: accuracies of 20 draws of n labels per class}, by the kNN vote and by --probe."""
-    train, labels = entry.voters, entry.voters.labels
-    methods = dict(labels=few_labels, probe=probe) if args.probe else dict(labels=few_labels)
+    train, labels, by_test = entry.voters, entry.voters.labels, entry.queries.name == "test"
     classes, sizes = np.unique(labels, return_counts=True)
-    # A class with fewer than n labels gives all that it has.
-    for n in (n for n in args.labels_per_class if n <= sizes.max()):
+    methods = dict(labels=few_labels)
+    if args.probe and len(classes) > 1:
+        methods["probe"] = probe
+    # A class with fewer than n labels gives all, unless the rest of each class is predicted.
+    most = sizes.max() if by_test else sizes.min() - 1
+    for n in (n for n in args.labels_per_class if n <= most):
         for seed in range(20):
             # The same images for every input.
             order = np.random.default_rng(seed).permutation(len(labels))
-            rows = np.concatenate([order[labels[order] == label][:n] for label in classes])
-            known, queries = train[rows], entry.queries
-            if queries.name == "train":
-                queries = train[~np.isin(train.groups, known.groups)]
-            for name, predict in methods.items():
+            ordered = labels[order]
+            known = train[np.concatenate([order[ordered == label][:n] for label in classes])]
+            queries = entry.queries if by_test else train[~np.isin(train.groups, known.groups)]
+            for name, predict in methods.items() if len(queries) else ():
                 right = predict(known, queries, args, n) == queries.labels
                 tables[name].setdefault(n, []).append(right.mean())
     if tables["labels"]:
         tables["labels"]["all"] = tables["knn"]["chosen k"]
-    if args.probe and entry.queries.name == "test":
+    if "probe" in methods and by_test:
         tables["probe"]["all"] = (probe(train, entry.queries) == entry.queries.labels).mean()
 
 
@@ -448,7 +475,8 @@ def closest_pairs(entry, args):
         own, pairs = train.groups if part is train else None, []
         data = train.features, part.features, 100, args.metric, args.device, train.groups, own
         for rows, distances, neighbors in nearest(*data):
-            equal += 0 if part is train else int((distances[:, 0] < 1e-4).sum())
+            same = np.isclose(part.features[rows], train.features[neighbors[:, 0]], atol=1e-5)
+            equal += 0 if part is train else int(same.all(axis=1).sum())
             closest = np.argsort(distances, axis=None, kind="stable")[:200]
             i, j = np.unravel_index(closest, distances.shape)
             pairs += zip(distances[i, j], rows[i], neighbors[i, j])
@@ -492,12 +520,14 @@ def draw_neighbors(entry, get, args):
     axes = figure.subplots(len(chosen), 7, squeeze=False)
     for i, near in enumerate(neighbors):
         good = [not wrong[i], *(train.labels[near] == chosen.labels[i])]
+        unknown = entry.predicted is None
         names = map(entry.class_name, [chosen.labels[i], *train.labels[near]])
         numbers = ["", *(f" {closeness(distance, args):.2f}" for distance in distances[i])]
         for j, image in enumerate([*get(chosen[[i]]), *get(train[near])]):
             axes[i, j].imshow(image)
             axes[i, j].set_title(next(names) + numbers[j], fontsize=8, parse_math=False)
-            axes[i, j].spines[:].set(color="tab:green" if good[j] else "tab:red", linewidth=3)
+            color = "0.7" if unknown else "tab:green" if good[j] else "tab:red"
+            axes[i, j].spines[:].set(color=color, linewidth=3)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     return figure
@@ -505,6 +535,7 @@ def draw_neighbors(entry, get, args):
 
 def draw_embedding(entry, get, args):
     """The features in two dimensions, colored by class, and some of the images."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     from sklearn.decomposition import PCA
@@ -525,23 +556,23 @@ def draw_embedding(entry, get, args):
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots()
     classes, ids = np.unique(part.labels, return_inverse=True)
+    colors = [*colormaps["tab10" if len(classes) <= 10 else "tab20"].colors] * len(classes)
     for i, label in enumerate(classes):
+        colors[i] = "0.7" if label == -1 else colors[i]
         # An unescaped $ starts a formula.
-        title = entry.class_name(label).replace("$", r"\$")
-        axes.scatter(*points[ids == i].T, s=8, color=f"C{i}", label=title)
+        title = entry.class_name(label).replace("$", r"\$") or "unlabelled"
+        axes.scatter(*points[ids == i].T, s=8, color=colors[i], label=title)
     if get:
         # One image in each cell of a grid of 20 x 20.
         cells = np.digitize(points, np.linspace(points.min(), points.max(), 21))
         for i in np.unique(cells, axis=0, return_index=True)[1]:
             (image,) = get(part[[i]])
-            frame = dict(edgecolor=f"C{ids[i]}", boxstyle="square,pad=0.1")
+            frame = dict(edgecolor=colors[ids[i]], boxstyle="square,pad=0.1")
             box = OffsetImage(image, zoom=24 / len(image))
             axes.add_artist(AnnotationBbox(box, points[i], bboxprops=frame))
     if 1 < len(classes) <= 20:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axes.set(
-        title=f"{entry.column}: {part.name} features, {args.embedding_2d}", xticks=[], yticks=[]
-    )
+    axes.set(title=f"{entry.name}: {part.name} features, {args.embedding_2d}", xticks=[], yticks=[])
     return figure
 
 
@@ -552,7 +583,9 @@ def draw_curves(summary, xlabel):
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes, ticks = figure.subplots(), set()
     for i, (column, cells) in enumerate(summary.items()):
-        style = "--" if column.startswith("pixels") else ":" if column == "untrained" else "-"
+        style = (
+            "--" if column.startswith("pixels") else ":" if column.startswith("untrained") else "-"
+        )
         color = f"C{i}" if style == "-" else "0.4"
         x = [label for label in cells if label not in WORDS]
         mean, std = 100 * np.array([cells[label] for label in x]).reshape(-1, 2).T
@@ -613,7 +646,7 @@ def summarize(results, name):
     for cells in found.values():
         for label, values in cells.items():
             values = np.ravel(values) if len(values) == 1 else [np.mean(v) for v in values]
-            cells[label] = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+            cells[label] = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else np.nan
     return found
 
 
@@ -624,9 +657,8 @@ def print_table(title, summary, style):
     for label in sorted(labels, key=lambda label: (label in WORDS, label)):
         table.append([str(label)])
         for cells in summary.values():
-            mean, std = cells.get(label, (None, 0))
-            table[-1].append("" if mean is None else f"{100 * mean:.2f}")
-            table[-1][-1] += f" ± {100 * std:.2f}" if std else ""
+            mean, std = (100 * value for value in cells.get(label, (np.nan, np.nan)))
+            table[-1].append(f"{mean:.2f} ± {std:.2f}".replace(" ± nan", "").replace("nan", ""))
     widths = [max(map(len, column)) for column in zip(*table)]
     if style == "md":
         table.insert(1, ["-" * width for width in widths])
@@ -677,26 +709,35 @@ def main(args):
     ks = f"--ks {' '.join(map(str, args.ks))}"
     check(args.ks and min(args.ks) > 0, f"{ks}: give numbers above 0, as in --ks 1 5 20")
     check(args.temperature > 0, f"--temperature {args.temperature} must be above 0")
+    least = min((1, *args.labels_per_class))
+    check(least > 0, f"--labels-per-class {least} must be above 0")
     device = pick_device(args.device)
     args = replace(args, device=str(device) if device.type == "cuda" else None)
 
     runs = read_inputs(args)
     # A run of each data set.
-    sources = {entry.meta["dataset"]: entry for entry in runs if "dataset" in entry.meta}
+    sources = {}
+    for entry in runs:
+        dataset = entry.meta.get("dataset")
+        name = entry.meta.get("data_dir") if dataset in ("folder", "npz") else dataset
+        if name and args.pixels:
+            sources[name] = entry
     check(sources or not args.pixels, "--pixels needs a run: no input's meta names a data set")
-    inputs = runs + [pixels_of(entry, args) for entry in sources.values() if args.pixels]
+    inputs = runs + [pixels_of(name, entry, args) for name, entry in sources.items()]
     # Compute everything before writing anything: a failure leaves earlier files as they are.
     results = [evaluate(entry, args) for entry in inputs]
     files = report(results, args)
     for entry in runs:
         # A folder for each of several runs.
-        place = re.sub(r"[^\w.-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
+        place = re.sub(r"[^\w-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
         files |= {place + name: content for name, content in details(entry, args).items()}
     # Other options, another folder.
     parts = ["knn", args.metric, args.vote, "whiten" * args.whiten]
     name = "-".join(part for part in parts if part not in (Args.metric, Args.vote, ""))
     folder = Path(args.output or Path(runs[0].name if len(runs) == 1 else "runs", name))
     with user_errors(f"cannot write to --output {str(folder)!r}", OSError):
+        for old in (folder / name for name in KNOWN if name not in files):
+            old.unlink(missing_ok=True)
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / name) as file:

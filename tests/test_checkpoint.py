@@ -175,6 +175,9 @@ def test_epochs_0(train, method, folder):
         assert torch.equal(value, expected.state_dict()[key])
     ((epoch, accuracy),) = [(record["epoch"], record["knn_acc"]) for record in read_log(folder)]
     assert epoch == 0 and 0 <= accuracy <= 1
+    # Its arguments are compared as well.
+    result = train(method, resume=True)
+    assert result.status == 2 and "epochs was 0 and is 3" in result.err
 
 
 def test_collapse_warning(train, folder, monkeypatch):

@@ -469,6 +469,10 @@ def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
     assert arrays["test_groups"].tolist() == ["g4", "g4"] and "warning" not in result.out
     assert run_cli(knn_eval, tmp_path / "run").status == 0
     assert (tmp_path / "run/knn/neighbors.png").exists()
+    (scans / "11.png").rename(scans / "99.png")
+    knn_eval.load_run_images.cache_clear()
+    assert "no pictures: " in run_cli(knn_eval, tmp_path / "run").out
+    assert not (tmp_path / "run/knn/neighbors.png").exists()
 
 
 def test_group_on_both_sides_of_the_split(scans, tmp_path, capsys):

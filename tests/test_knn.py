@@ -212,9 +212,15 @@ def test_whitened_features_have_unit_covariance():
     """ZCA is the symmetric map that makes the training covariance the identity."""
     train, _, test, _ = clusters(500, 40, dim=6, dtype=np.float64)
     x, y = whiten(train, test, ridge=0)
-    np.testing.assert_allclose(np.cov(x, rowvar=False), np.eye(6), atol=1e-9)
+    np.testing.assert_allclose(np.cov(x, rowvar=False), np.eye(6), atol=1e-7)
     root = np.real(scipy.linalg.sqrtm(np.cov(train, rowvar=False)))
-    np.testing.assert_allclose(y @ root + train.mean(0), test, atol=1e-9)
+    np.testing.assert_allclose(y @ root + train.mean(0), test, atol=1e-7)
+    # More dimensions than points: the ridge scales the others.
+    train, _, test, _ = clusters(20, 5, dim=50, dtype=np.float64)
+    covariance = np.cov(train, rowvar=False)
+    ridge = 0.01 * covariance.trace() / 50 * np.eye(50)
+    root = np.real(scipy.linalg.sqrtm(np.linalg.inv(covariance + ridge)))
+    np.testing.assert_allclose(whiten(train, test)[1], (test - train.mean(0)) @ root, atol=1e-6)
 
 
 # ---------------------------------------------------------------- the command line
@@ -349,6 +355,21 @@ def test_labels_needed_draws_the_same_images_for_all_inputs(run_cli, tmp_path):
     assert not (tmp_path / "a/knn/labels.csv").exists()
 
 
+@pytest.mark.parametrize("sizes, found", [((60, 5, 5), ["1", "2", "all"]), ((2, 1, 1), [])])
+def test_labels_needed_without_test_images(run_cli, tmp_path, sizes, found):
+    """The images that are not drawn are predicted, while each class has some left."""
+    labels = np.repeat([0, 1, 2], sizes)
+    features = np.random.default_rng(0).normal(size=(len(labels), 8))
+    arrays = dict(train_features=features, train_labels=labels, test_features=None)
+    for groups in (None, labels):
+        write(tmp_path / "a.npz", **arrays, test_labels=None, train_groups=groups)
+        assert run_cli(knn_eval, tmp_path / "a.npz", "--ks", 1).status == 0
+        (result,) = results(tmp_path / "a/knn")
+        # Of groups that are classes, nothing is left.
+        assert [*result["tables"]["labels"]] == ([] if groups is labels else found)
+        assert result["column"].endswith("(leave-one-out)")
+
+
 # ---------------------------------------------------------------- pairs and suspects
 
 
@@ -414,7 +435,26 @@ def test_seeds_are_one_column(run_cli, tmp_path):
     names = {path.name for path in Path("runs/knn").glob("*/")}
     assert len(names) == 3 and len(rows("runs/knn/results.csv")) == 3
     run_cli(knn_eval, *inputs, "--no-group-seeds", "--ks", 5)
-    assert len({line["column"] for line in rows("runs/knn/knn.csv")}) == 3
+    columns = {line["column"] for line in rows("runs/knn/knn.csv")}
+    assert columns == {"byol ema 0.9 seed 1", "byol ema 0.9 seed 2", "byol ema 0.99 seed 1"}
+
+
+def test_runs_with_the_same_flags_are_not_averaged(run_cli, tmp_path):
+    """Equal flags and seed, as after other code, are columns of their own, named by the run."""
+    meta = dict(META, method="byol")
+    for name, changes in dict(a={}, b={}, c=dict(epochs=0, method="simclr", ema=3)).items():
+        changed = np.array(json.dumps(meta | changes))
+        write(tmp_path / name / "embeddings.npz", meta=changed)
+    inputs = [tmp_path / name for name in "abc"]
+    run_cli(knn_eval, *inputs, "--ks", 5)
+    columns = [result["column"] for result in results("runs/knn")]
+    assert columns == [f"byol {tmp_path / 'a'}", f"byol {tmp_path / 'b'}", "untrained"]
+    # Runs that differ in many flags are named by their folders.
+    other = dict(meta, dataset="npz", **dict.fromkeys(("lr", "width", "ema", "augment"), 7))
+    write(tmp_path / "d/embeddings.npz", meta=np.array(json.dumps(other | dict(dataset="digits"))))
+    run_cli(knn_eval, tmp_path / "a", tmp_path / "d", "--ks", 5)
+    columns = [result["column"] for result in results("runs/knn")]
+    assert columns == ["byol", f"byol {tmp_path / 'd'}"]
 
 
 def test_table_formats(run_cli, tmp_path):
@@ -445,6 +485,10 @@ def test_other_options_go_to_another_folder(run_cli, tmp_path):
         assert f"to {tmp_path / name}" in done.out and results(tmp_path / name)
     accuracies = {results(path)[0]["accuracy"] for path in tmp_path.glob("knn*")}
     assert len(accuracies) > 1
+    # Without the table of few labels, an earlier one does not stay.
+    assert (tmp_path / "knn/labels.csv").exists()
+    run_cli(knn_eval, tmp_path, "--ks", 5, "--labels-per-class")
+    assert not (tmp_path / "knn/labels.csv").exists()
 
 
 def test_every_run_and_pixels(run_cli, refused, finished, monkeypatch):
@@ -462,7 +506,8 @@ def test_every_run_and_pixels(run_cli, refused, finished, monkeypatch):
     found = knn_sweep(train, images.train_labels.numpy(), test, [1, 3])
     expected = {str(k): (found[k] == images.test_labels.numpy()).mean() for k in found}
     byol, simclr, pixels = results("runs/knn")
-    assert (byol["name"], pixels["column"]) == ("runs/byol", "pixels of npz")
+    source = byol["meta"]["data_dir"]
+    assert (byol["name"], pixels["column"]) == ("runs/byol", f"pixels of {source}")
     assert expected.items() <= pixels["tables"]["knn"].items()
     for name in ("byol", "simclr"):
         with Image.open(f"runs/knn/runs_{name}/neighbors.png") as picture:
@@ -533,6 +578,8 @@ MISTAKES = {
     "no row": (dict(train_features=np.ones((0, 8))), [], "0 sample"),
     "meta": (dict(meta=np.array("[1]")), [], "a.npz"),
     "k above n": ({}, ["--ks", 500], "--ks 500 is above 159"),
+    "one group": (dict(train_groups=np.zeros(160, int)), [], "less one group"),
+    "no label": ({}, ["--labels-per-class", 0], "--labels-per-class 0"),
     "temperature": ({}, ["--temperature", 0], "--temperature 0"),
     "output": ({}, ["--output", __file__], "--output"),
     "pixels": (dict(meta=np.array("{}")), ["--pixels"], "--pixels"),

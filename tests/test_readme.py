@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from operator import attrgetter
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch.distributed.run as torchrun
 import torch.nn.functional as F
 import tyro
 from conftest import METHODS, ROOT
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch.utils.flop_counter import FlopCounterMode
 
 import barlow_twins
@@ -117,14 +120,30 @@ def test_losses_equal_those_of_the_files():
         torch.testing.assert_close(names[name], value)
 
 
-def test_load_encoder_example_runs(finished, tmp_path, monkeypatch):
-    """encoder.pt of a run gives features."""
+def test_your_images_example_runs(tmp_path, monkeypatch):
+    """The lines of the example on crops of two photographs, 20 of 40 labelled, and encode_files."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/mine").symlink_to(finished("simclr"))
-    names = dict(images=torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
-    exec(block("from common import"), names)
-    assert names["features"].shape == (5, names["info"]["feature_dim"])
+    Path("photos").mkdir()
+    lines = ["file,label"]
+    for i in range(40):
+        photograph, y, x = load_sample_images().images[i % 2], 37 * i % 250, 53 * i % 450
+        Image.fromarray(photograph[y : y + 150, x : x + 150]).save(f"photos/{i}.jpg")
+        lines += [f"{i}.jpg,{('temple', 'flower')[i % 2]}"] * (i < 20)
+    Path("labels.csv").write_text("\n".join(lines))
+    (example,) = (code for language, code in BLOCKS if language == "sh")
+    for line in example.splitlines():
+        script, *words = shlex.split(line.removeprefix("python "))
+        # A small network for an epoch.
+        words += "--width 16 --epochs 1 --image-size 32".split() * (script == "simclr.py")
+        subprocess.run([sys.executable, str(ROOT / script), *words], check=True)
+    names = {path.name for path in Path("runs/photos/knn").iterdir()}
+    assert {"labels.png", "neighbors.png", "suspects.csv"} <= names
+    results = json.loads(Path("runs/photos/knn/knn.json").read_text())["results"]
+    assert [result["n_train"] for result in results] == [20, 20]
+    call = 'common.encode_files("runs/photos/encoder.pt", files)'
+    assert call in INLINE
+    files = [f"photos/{i}.jpg" for i in range(3)]
+    assert eval(call, dict(common=common, files=files)).shape == (3, 128)
 
 
 def test_run_folder_and_log_keys(finished):
@@ -134,9 +153,9 @@ def test_run_folder_and_log_keys(finished):
     table = "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))
     files = {path.name for path in folder.iterdir()} - {".lock"}
     assert set(re.findall(r"`(.*?)`", table)) == files
-    arrays = {"embeddings.npz", "train_files", "test_files"}
+    arrays = set("embeddings.npz train_files test_files train_groups test_groups".split())
     assert set(rows["embeddings.npz"]) == {*np.load(folder / "embeddings.npz"), *arrays}
-    keys = re.findall(r"`(\w+)`", text.split("`log.jsonl` has")[1].split("In your code")[0])
+    keys = re.findall(r"`(\w+)`", text.split("`log.jsonl` has")[1])
     record = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     # scale: in fp16 only.
     assert sorted(keys) == sorted([*record, "scale"])
@@ -170,15 +189,20 @@ def test_tables_are_those_of_the_recorded_results():
     assert importlib.import_module("benchmarks.tables").render(README) == README
 
 
-def test_figures_on_real_images_are_recorded():
-    """The mean accuracy over k to 100 of each run on CIFAR-10."""
+def test_figures_are_recorded():
+    """The accuracies on CIFAR-10 and the share of flipped labels found."""
     lines = (ROOT / "benchmarks/results/accuracy-cpu.jsonl").read_text().splitlines()
-    runs = [run for run in map(json.loads, lines) if run["data"] == "cifar10_jpeg"]
-    named = ["pixels", "untrained encoder", "SimCLR", "BYOL", "Barlow Twins"]
-    assert len(runs) == len(named)
-    for run, name in zip(runs, named):
-        accuracy = 100 * mean(value for k, value in run["accuracy"].items() if int(k) <= 100)
-        assert f"{name} {accuracy:.1f} %" in " ".join(section("Results").split())
+    runs = {run["name"]: run for run in map(json.loads, lines) if run["data"] == "cifar10_jpeg"}
+    text = " ".join(section("Results").split())
+    assert f"pixels {100 * runs.pop('pixels')['accuracy_at_chosen_k']:.1f} %" in text
+    named = dict(untrained="untrained encoder", simclr="SimCLR", byol="BYOL")
+    for name, run in runs.items():
+        title = named.get(name, "Barlow Twins")
+        assert f"{title} {100 * run['whitened']:.1f} %" in text
+    runs = json.loads((ROOT / "benchmarks/results/suspects-cpu.json").read_text())["runs"]
+    share = mean(run["found"] / run["flipped"] for run in runs)
+    assert f"{100 * share:.0f} % of its first 5 % are flipped" in " ".join(TEXT.split())
+    assert all(run["listed"] == run["flipped"] for run in runs) and len(runs) == 9
 
 
 def test_cost_of_the_loss_on_several_processes():
