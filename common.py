@@ -304,7 +304,7 @@ def load_images(
         image_size = image_size or min(224, *arrays[0].shape[1:3])
         deep = arrays[0].dtype != np.uint8
         check(deep or not window, "--window is for images with more than 8 bits")
-        window = window or (choose_window(arrays[0]) if deep else None)
+        window = window or (choose_window(arrays[0], root) if deep else None)
         images = [_squares(array, image_size, window, fit) for array in arrays]
     check(len(images[0]), f"--data-dir {data_dir!r} has no training images")
     both = {*extra.get("train_groups", ())} & {*extra.get("test_groups", ())}
@@ -347,10 +347,11 @@ def _squares(array, size, window, fit):
     return torch.cat(squares)
 
 
-def choose_window(values):
-    """The 0.1 and 99.9 percentile of an array of pixels, of at most a million."""
+def choose_window(values, source):
+    """The 0.1 and 99.9 percentile of an array of pixels of a source, of at most a million."""
     values = np.ravel(values)[:: math.ceil(np.size(values) / 1e6)]
     low, high = (float(value) for value in np.percentile(values, (0.1, 99.9)))
+    check(math.isfinite(high - low), f"{str(source)!r} holds values that are not finite")
     return low, max(high, low + 1e-6)
 
 
@@ -406,32 +407,24 @@ def read_npz(path, needed, optional=()):
 
 def _npz(dataset, path):
     """MedMNIST's form, also of more channels and bits; all but train_images are optional."""
-    optional = ["test_images", "train_labels", "test_labels", "train_groups", "test_groups"]
+    parts = ("train", "test")
+    optional = [f"{part}_{name}" for part in parts for name in ("images", "labels", "groups")]
     arrays = read_npz(path, ["train_images"], optional)
-    images, labels, extra = [], [], {}
-    for part in ("train", "test"):
-        x = arrays.get(f"{part}_images")
-        x = images[0][:0] if x is None else x
-        fits = x.ndim == 3 or (x.ndim == 4 and 1 <= x.shape[3] <= 32)
-        fits = fits and x.dtype in (np.uint8, np.uint16, np.float32)
-        form = (
-            f"{str(path)!r}: {part}_images must be [N, H, W] or [N, H, W, C], C up to 32, of uint8,"
-        )
-        check(fits, f"{form} uint16 or float32, not {x.dtype} {list(x.shape)}")
-        check(np.isfinite(x).all(), f"{str(path)!r}: {part}_images has values that are not finite")
-        images.append(x)
-        alike = x.dtype == images[0].dtype and x.shape[3:] == images[0].shape[3:]
-        check(alike, f"{str(path)!r}: train_images and test_images differ in channels or type")
+    first, images, labels = arrays["train_images"], [], []
+    for part in parts:
+        x = arrays.get(f"{part}_images", first[:0] if first.ndim else first)
+        form = f"{str(path)!r}: {part}_images must be numbers [N, H, W] or [N, H, W, C], C up to 32"
+        fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] <= 32)
+        fits = fits and x.dtype.kind in "uif" and x.shape[3:] == first.shape[3:]
+        check(fits, f"{form}, alike for training and test, not {x.dtype} {list(x.shape)}")
         y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
         form = f"{str(path)!r}: {part}_labels must be {len(x)} integers, -1 for unlabelled"
         fits = y.dtype.kind in "iu" and len(y) == len(x) and y.min(initial=0) >= -1
         check(fits, f"{form}, not {y.dtype} {list(y.shape)}")
+        images.append(x)
         labels.append(y.astype(np.int64))
-        groups = arrays.get(f"{part}_groups", np.arange(len(x)))
-        check(len(groups) == len(x), f"{str(path)!r}: {part}_groups must be {len(x)} values")
-        if f"{part}_groups" in arrays:
-            extra[f"{part}_groups"] = groups
     classes = 1 + max(y.max(initial=-1) for y in labels)
+    extra = {name: arrays[name] for name in optional if "groups" in name and name in arrays}
     return images, labels, [str(i) for i in range(classes)], extra
 
 
@@ -467,7 +460,9 @@ def _list_folder(root, table):
         row, parts = rows.get(name, {}), Path(name).parts
         i = part_of.get(row.get("split") or (parts[0] if layout else "train"))
         if i is None:
-            others["images outside of train/ and test/"] += 1
+            others[
+                "images outside of train/ and test/ (in train/ itself they count as unlabelled)"
+            ] += 1
             continue
         folder = parts[1] if layout and len(parts) > 2 else None
         files[i].append(name)
@@ -531,7 +526,7 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
                 values.append(pixels[:: math.ceil(len(pixels) / 1e4)])
     deep = len(values) > len(sizes) / 2
     check(deep or not window, "--window is for images with more than 8 bits")
-    window = window or (choose_window(np.concatenate(values)) if deep else None)
+    window = window or (choose_window(np.concatenate(values), root) if deep else None)
     low, high = np.array(sizes or [(224, 224)]).T
     kept = (low / high).mean()
     if fit == "crop" and kept < 0.5 and RANK == 0:
