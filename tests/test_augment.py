@@ -240,6 +240,35 @@ def test_choose_views_leaves_out_what_means_nothing(method):
         assert view.blur_p == 0 < min(*view.jitter, view.grayscale_p)
 
 
+def test_overhead_views_have_all_eight_orientations(squares):
+    """turn_p with flip_p: flips and quarter turns, each of the eight as often as the others."""
+    x = squares[:1].repeat(4000, 1, 1, 1)
+    v = simclr.augment(x, simclr.View(flip_p=0.5, turn_p=0.5), 40)
+    turned = [squares[0].float().rot90(i, (1, 2)) / 255 for i in range(4)]
+    turned += [image.flip(2) for image in turned]
+    found = torch.stack([(v - image).abs().amax((1, 2, 3)) < 1e-3 for image in turned])
+    assert (found.sum(0) == 1).all()
+    assert (found.float().mean(1) - 1 / 8).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_views_of_other_channels_have_no_color_ops(squares, method, channels):
+    """Brightness and contrast by the mean of the channels; no hue, grayscale or solarization."""
+    x = squares[:, :1].repeat(1, channels, 1, 1)
+    x[:, -1] = 255 - x[:, -1]
+    factors = uniform(0.6, 1.4, N, 3)
+    factors[:, 2] = 1
+    order = torch.arange(3).repeat(N, 1)
+    found = simclr.color_jitter(x / 255, factors, torch.zeros(N), order)
+    bright = (x / 255 * factors[:, :1, None, None]).clamp(0, 1)
+    mean = bright.mean((1, 2, 3), keepdim=True)
+    expected = (mean + factors[:, 1:2, None, None] * (bright - mean)).clamp(0, 1)
+    torch.testing.assert_close(found, expected)
+    for augment in ("photo", "overhead"):
+        for v in method.two_views(x, method.choose_views(augment, True, 40)):
+            assert v.shape == (N, channels, 40, 40)
+
+
 @pytest.mark.parametrize("augment", ["photo", "none"])
 @pytest.mark.parametrize("size", [24, 40, 64])
 def test_size_of_views(photos, augment, size):
