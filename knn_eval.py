@@ -276,7 +276,9 @@ def read_inputs(args):
         entry.column = entry.meta.get("method", entry.name)
         entry.keys = [key for key in entry.meta if key not in ("method", "dataset", "seed")]
         if entry.meta.get("epochs") == 0:
-            entry.column, entry.keys = "untrained", ["encoder", "width", "image_size", "init"]
+            init = entry.meta.get("init")
+            entry.column = f"init {init}" if init else "untrained"
+            entry.keys = ["encoder", "width", "image_size"]
         entry.column += f" {entry.meta.get('dataset')}" * (len(sets) > 1)
     for column in {entry.column for entry in inputs}:
         # Runs of one method are named by the flags in which they differ.

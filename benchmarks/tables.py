@@ -114,6 +114,19 @@ def whitened():
     return rows(["data", "", "features", "whitened", "better"], lines)
 
 
+def init():
+    """Fashion-MNIST from random weights and from those of another data set, at equal epochs."""
+    lines = []
+    for line in map(json.loads, (RESULTS / "accuracy-cpu.jsonl").open()):
+        name = line["name"].removeprefix("simclr --epochs 2")
+        if name != line["name"]:
+            cells = [line["accuracy_at_chosen_k"], line["whitened"], line["labels"]["10"]]
+            lines.append(
+                [f"`{name.strip() or '(none)'}`", *(f"{100 * cell:.1f}" for cell in cells)]
+            )
+    return rows(["flags", "kNN", "whitened", "10 labels a class"], lines)
+
+
 def draw(name, path):
     """Plot a sweep, from the lowest to the highest seed; the file carries the data's digest."""
     data, key = PLOTS[name][:2]
@@ -197,8 +210,8 @@ def on_paper():
 
 def render(text):
     """A README with all tables between their marks made from the recorded files."""
-    tables = dict(digits_labels=digits_labels, whitened=whitened, ops=ops, folders=folders)
-    tables["on_paper"] = on_paper
+    tables = dict(digits_labels=digits_labels, whitened=whitened, init=init, ops=ops)
+    tables |= dict(folders=folders, on_paper=on_paper)
     tables["throughput"] = lambda: throughput("throughput-cpu-bf16", STEP)
     tables["lightly"] = lambda: throughput("throughput-cpu", LIGHTLY)
     tables |= {data: lambda data=data: sweep(data) for data in SETS}

@@ -449,6 +449,10 @@ def test_runs_with_the_same_flags_are_not_averaged(run_cli, tmp_path):
     run_cli(knn_eval, *inputs, "--ks", 5)
     columns = [result["column"] for result in results("runs/knn")]
     assert columns == [f"byol {tmp_path / 'a'}", f"byol {tmp_path / 'b'}", "untrained"]
+    meta_of_c = dict(meta, epochs=0, init="imagenet")
+    write(tmp_path / "c/embeddings.npz", meta=np.array(json.dumps(meta_of_c)))
+    run_cli(knn_eval, tmp_path / "c", "--ks", 5)
+    assert results(tmp_path / "c/knn")[0]["column"] == "init imagenet"
     # Runs that differ in many flags are named by their folders.
     other = dict(meta, dataset="npz", **dict.fromkeys(("lr", "width", "ema", "augment"), 7))
     write(tmp_path / "d/embeddings.npz", meta=np.array(json.dumps(other | dict(dataset="digits"))))
