@@ -202,7 +202,7 @@ def test_figures_are_recorded():
         assert f"{few:.1f} % from one label per class, {full:.1f} % from all" in text
     runs = {run["name"]: run for run in map(json.loads, lines) if run["data"] == "cifar10_jpeg"}
     text = " ".join(section("Results").split())
-    assert f"pixels {100 * runs.pop('pixels')['accuracy_at_chosen_k']:.1f} %" in text
+    assert f"raw pixels {100 * runs.pop('pixels')['accuracy_at_chosen_k']:.1f} %" in text
     named = dict(untrained="untrained encoder", simclr="SimCLR", byol="BYOL")
     for name, run in runs.items():
         title = named.get(name, "Barlow Twins")
