@@ -98,7 +98,7 @@ def digits_labels():
         if name != BARE:
             cells = [mean(100 * run["labels"][n] for run in runs) for n in ("1", "5", "20", "all")]
             lines.append([COLUMNS[name], *(f"{cell:.1f}" for cell in cells)])
-    return rows(["labels per digit", "1", "5", "20", "all (143)"], lines)
+    return rows(["labels per digit", "1", "5", "20", "all"], lines)
 
 
 def whitened():
