@@ -431,13 +431,8 @@ def _npz(dataset, path):
 IMAGE_ENDINGS = ".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2".split()
 
 
-def _list_folder(root, table):
-    """[train, test] file names below root and class ids, class names, and Images.extra.
-
-    The layout is train/<class>/* with test/ or val/; images of train/ outside of a class folder are
-    unlabelled, as is any other tree. table: a CSV file with the columns file and label, and where
-    wanted split (train or test) and group; its labels replace those of the layout.
-    """
+def _image_files(root):
+    """Names of the image files below root, sorted, and a Counter of the endings of other files."""
     from torchvision.datasets.folder import make_dataset
 
     others = Counter()
@@ -452,7 +447,17 @@ def _list_folder(root, table):
 
     check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
     found = make_dataset(str(root), {"": 0}, is_valid_file=is_image, allow_empty=True)
-    names = [os.path.relpath(path, root) for path, _ in found]
+    return [os.path.relpath(path, root) for path, _ in found], others
+
+
+def _list_folder(root, table):
+    """[train, test] file names below root and class ids, class names, and Images.extra.
+
+    The layout is train/<class>/* with test/ or val/; images of train/ outside of a class folder are
+    unlabelled, as is any other tree. table: a CSV file with the columns file and label, and where
+    wanted split (train or test) and group; its labels replace those of the layout.
+    """
+    names, others = _image_files(root)
     rows, layout = _read_table(table, names) if table else {}, (root / "train").is_dir()
     part_of = dict(train=0, test=1) if (root / "test").is_dir() else dict(train=0, test=1, val=1)
     files, labels, groups = ([[], []] for _ in range(3))
@@ -461,7 +466,7 @@ def _list_folder(root, table):
         i = part_of.get(row.get("split") or (parts[0] if layout else "train"))
         if i is None:
             others[
-                "images outside of train/ and test/ (in train/ itself they count as unlabelled)"
+                "images outside of train/ and test/ (those in train/ itself train unlabelled)"
             ] += 1
             continue
         folder = parts[1] if layout and len(parts) > 2 else None
@@ -474,21 +479,18 @@ def _list_folder(root, table):
     check(len(class_names) != 1, one)
     unknown = {*labels[1]} - {None, *class_names}
     check(not unknown or not class_names, f"train/ lacks classes of test images: {[*unknown][:5]}")
-    if RANK == 0:
-        unlabelled = labels[0].count(None)
+    unlabelled = labels[0].count(None)
+    if unlabelled and RANK == 0:
         hint = "" if class_names else "; label them by folders train/<class>/ or by --labels"
-        if unlabelled:
-            print(f"note: {unlabelled} of {len(files[0])} training images are unlabelled{hint}")
-        if any(others.values()):
-            ignored = ", ".join(f"{n} {key}" for key, n in others.items() if n)
-            print(f"note: ignored in {str(root)!r}: {ignored}")
+        print(f"note: {unlabelled} of {len(files[0])} training images are unlabelled{hint}")
+    if any(others.values()) and RANK == 0:
+        ignored = ", ".join(f"{n} {key}" for key, n in others.items() if n)
+        print(f"note: ignored in {str(root)!r}: {ignored}")
     ids = {name: i for i, name in enumerate(class_names)}
-    labels, extra = [[ids.get(name, -1) for name in part] for part in labels], {}
-    grouped = any(row.get("group") for row in rows.values())
-    for i, part in enumerate(("train", "test")):
-        extra[f"{part}_files"] = np.array(files[i], np.str_)
-        if grouped:
-            extra[f"{part}_groups"] = np.array(groups[i], np.str_)
+    labels = [[ids.get(name, -1) for name in part] for part in labels]
+    extra = dict(zip(("train_files", "test_files"), (np.array(part, np.str_) for part in files)))
+    if any(row.get("group") for row in rows.values()):
+        extra["train_groups"], extra["test_groups"] = (np.array(part, np.str_) for part in groups)
     return files, labels, class_names, extra
 
 
