@@ -121,7 +121,7 @@ def resolve(args, recipes, n=None):
         recipe["epochs"] = max(recipe["epochs"], min(1000, round(epochs)))
     if args.init and args.init != "imagenet":
         made = load_torch(args.init)
-        recipe |= {key: made[key] for key in ("encoder", "width") if made.get(key)}
+        recipe |= {key: made[key] for key in ("encoder", "width", "image_size") if made.get(key)}
     for key, value in recipe.items():
         if getattr(args, key) in (None, "auto"):
             args = replace(args, **{key: value})
@@ -481,8 +481,9 @@ def _list_folder(root, table):
     check(not unknown or not class_names, f"train/ lacks classes of test images: {[*unknown][:5]}")
     unlabelled = labels[0].count(None)
     if unlabelled and RANK == 0:
-        hint = "" if class_names else "; label them by folders train/<class>/ or by --labels"
-        print(f"note: {unlabelled} of {len(files[0])} training images are unlabelled{hint}")
+        hint = f"the others are of {len(class_names)} classes: {', '.join(class_names[:10])}"
+        hint = hint if class_names else "label them by folders train/<class>/ or by --labels"
+        print(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
     if any(others.values()) and RANK == 0:
         ignored = ", ".join(f"{n} {key}" for key, n in others.items() if n)
         print(f"note: ignored in {str(root)!r}: {ignored}")
@@ -498,9 +499,13 @@ def _read_table(path, names):
     """The rows of --labels by file name. UserError names the line of a mistake."""
     with user_errors(f"cannot read --labels {path!r}"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.DictReader(file))
+            reader = csv.DictReader(file, skipinitialspace=True)
+            lines, columns = list(reader), reader.fieldnames or []
+    known = {"file", "label"} <= {*columns}
+    check(known, f"--labels {path!r} needs the columns file and label in line 1, not {columns}")
     rows, names = {}, {*names}
     for number, row in enumerate(lines, 2):
+        row = {key: value.strip() for key, value in row.items() if isinstance(value, str)}
         where, name = f"--labels {path!r}, line {number}", os.path.normpath(row.get("file") or "")
         check(row.get("file") and row.get("label"), f"{where}: a file and a label are needed")
         check(name in names, f"{where}: {name!r} is not an image below --data-dir")
@@ -703,10 +708,15 @@ def build_encoder(name, image_size, width=64, channels=3):
 
 
 def start_encoder(args, images):
-    """build_encoder by the arguments for these images, with the weights of --init."""
+    """build_encoder by the arguments for these images, with the weights of --init, if any.
+
+    Those weights come with the mean and std of their inputs, which replace those of images.
+    """
     encoder, dim = build_encoder(args.encoder, images.size, args.width, len(images.mean))
     if args.init:
-        load_weights(encoder, args.init)
+        mean, std = load_weights(encoder, args.init)
+        if len(mean) == len(images.mean):
+            images.mean, images.std = mean.to(images.mean), std.to(images.std)
     return encoder, dim
 
 
@@ -714,7 +724,9 @@ def load_weights(encoder, init):
     """Start from an encoder.pt, a state dict with torchvision's keys, or "imagenet". UserError.
 
     A first convolution of other channels is averaged over them, and scaled to keep its output.
+    Returns the mean and std [C, 1, 1] of the inputs, ImageNet's unless an encoder.pt names them.
     """
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     name = encoder.architecture["encoder"]
     if init == "imagenet":
         from torchvision.models import get_model
@@ -723,6 +735,7 @@ def load_weights(encoder, init):
             state = get_model(name, weights="DEFAULT").state_dict()
     else:
         state = load_torch(init)
+        mean, std = state.get("mean", mean), state.get("std", std)
         state = state.get("state_dict", state)
     own = encoder.state_dict()
     with user_errors(f"--init {init} holds no ResNet with torchvision's keys"):
@@ -737,6 +750,7 @@ def load_weights(encoder, init):
     if RANK == 0:
         rest = f"; not in it, or of another shape: {', '.join(left[:5])}" if left else ""
         print(f"--init {init}: loaded {len(same)} of {len(own)} tensors{rest}")
+    return mean, std
 
 
 def load_encoder(path):
@@ -818,8 +832,9 @@ def knn_monitor(encoder, images, k):
     if labelled:
         if len(test_rows):
             test, truth = embed(encoder, images, "test", test_rows), test_labels[test_rows]
-        k, device = min(k, len(train) - (test is None)), images.mean.device
-        device = device if device.type == "cuda" else None
+        # More neighbors than a class has images would outvote it.
+        k = max(1, min(k, np.bincount(labels[rows]).max() - (test is None)))
+        device = images.mean.device if images.mean.is_cuda else None
         predicted = knn_sweep(train, labels[rows], test, [k], device=device)[k]
         record["knn_acc"] = float((predicted == truth).mean())
     return record

@@ -312,7 +312,7 @@ def load_run_images(dataset, data_dir, **source):
 
 
 def pictures(entry, args):
-    """A function that gives the images of a Part, uint8 [N, size, size, 3]; None without images."""
+    """A function that gives the images of a Part, uint8 [N, size, size, C]; None without images."""
     from common import square
 
     keys = "dataset data_dir image_size labels window fit".split()
@@ -335,6 +335,11 @@ def pictures(entry, args):
     return get
 
 
+def visible(images):
+    """The first three channels of images [N, H, W, C], or three times the first of two."""
+    return images[..., :3] if images.shape[3] > 2 else images[..., [0, 0, 0]]
+
+
 def pixels_of(name, entry, args):
     """The raw pixels of the data set that an input's meta names, as an input. UserError."""
     from common import check
@@ -343,6 +348,7 @@ def pixels_of(name, entry, args):
     check(get, f"--pixels: the images of {entry.name} cannot be loaded")
     entry = copy.deepcopy(entry)
     entry.name = entry.column = f"pixels of {name}"
+    entry.meta = {key: entry.meta[key] for key in ("dataset", "data_dir", "image_size")}
     for part in (entry.train, entry.test):
         pixels = get(part)
         # -1 is ambiguous without test images.
@@ -370,7 +376,9 @@ def vote(args, *data, **options):
 def evaluate(entry, args):
     """The result of an input, for knn.json. Sets what the pictures need on the input."""
     result = dict(name=entry.name, column=entry.column, meta=entry.meta)
-    result["effective_rank"] = effective_rank(entry.train.features)
+    labelled = entry.train.labels != -1
+    voters = entry.train.features[labelled if labelled.any() else slice(None)]
+    result["effective_rank"] = effective_rank(voters)
     if args.whiten:
         features = whiten(entry.train.features, entry.test.features)
         entry.train.features, entry.test.features = features
@@ -519,13 +527,17 @@ def draw_neighbors(entry, get, args):
     data = train.features, chosen.features, 6, args.metric, args.device, train.groups, own
     ((_, distances, neighbors),) = nearest(*data)
     figure = Figure(figsize=(9, 12), layout="constrained")
+    text = "Left: a query, red if it is predicted wrongly (up to four). Right: the nearest training"
+    figure.suptitle(
+        f"{text} images\nwith their similarity, red if they are of another class.", size=9
+    )
     axes = figure.subplots(len(chosen), 7, squeeze=False)
     for i, near in enumerate(neighbors):
         good = [not wrong[i], *(train.labels[near] == chosen.labels[i])]
         unknown = entry.predicted is None
         names = map(entry.class_name, [chosen.labels[i], *train.labels[near]])
         numbers = ["", *(f" {closeness(distance, args):.2f}" for distance in distances[i])]
-        for j, image in enumerate([*get(chosen[[i]]), *get(train[near])]):
+        for j, image in enumerate(visible(np.concatenate([get(chosen[[i]]), get(train[near])]))):
             axes[i, j].imshow(image)
             axes[i, j].set_title(next(names) + numbers[j], fontsize=8, parse_math=False)
             color = "0.7" if unknown else "tab:green" if good[j] else "tab:red"
@@ -568,7 +580,7 @@ def draw_embedding(entry, get, args):
         # One image in each cell of a grid of 20 x 20.
         cells = np.digitize(points, np.linspace(points.min(), points.max(), 21))
         for i in np.unique(cells, axis=0, return_index=True)[1]:
-            (image,) = get(part[[i]])
+            (image,) = visible(get(part[[i]]))
             frame = dict(edgecolor=colors[ids[i]], boxstyle="square,pad=0.1")
             box = OffsetImage(image, zoom=24 / len(image))
             axes.add_artist(AnnotationBbox(box, points[i], bboxprops=frame))

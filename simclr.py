@@ -63,7 +63,7 @@ class Args:
     image_size: int | None = None
     """side of the encoder's input in pixels (unset: that of the images, at most 224)"""
     augment: Literal["auto", "photo", "overhead", "symbol", "none"] = "auto"
-    """photo: crops, flips, color; overhead: without an up; symbol: shifts, zooms; none: equal"""
+    """photo: crops, flips, color; overhead: photos without an up; symbol: shifts, zooms; none"""
     encoder: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None
     """torchvision's ResNet (resnet10: one block a stage); a 3x3 stem up to 64 pixels"""
     init: str | None = None
@@ -81,15 +81,15 @@ class Args:
     """linear layers of the projector (0: z is h)"""
     # optimization
     epochs: int | None = None
-    """passes over the training images; 0 evaluates the untrained encoder"""
+    """passes over the training images (unset: more if they are few); 0: the encoder as it starts"""
     batch_size: int | None = None
-    """global batch size in images"""
+    """global batch size in images (unset: at most a quarter of them)"""
     lr: float | None = None
     """peak learning rate (unset: the recipe's, scaled linearly with --batch-size)"""
     weight_decay: float | None = None
     """weight decay, not applied to biases and norms"""
     warmup_epochs: float | None = None
-    """epochs of linear warm-up before the cosine decay; a tenth of shorter runs"""
+    """epochs of linear warm-up before the cosine decay (of shorter runs, a tenth)"""
     # evaluation
     eval_every: int = 10
     """epochs between kNN evaluations on the test split (0: only the last epoch)"""
@@ -404,6 +404,7 @@ def main(args):
     """Train with the arguments, write the run folder, and return its path."""
     import common
 
+    # Mistakes in flags show before the images are read, whose number then fills unset flags.
     given, args = args, common.resolve(args, RECIPES)
     common.check(args.temperature > 0, f"--temperature {args.temperature} must be above 0")
     device, amp_dtype = common.set_up(args)

@@ -198,7 +198,8 @@ def test_folder_layout(tmp_path, capsys, name):
     assert images.train_labels.tolist() == train_labels
     assert images.test_labels.tolist() == test_labels
     out = capsys.readouterr().out
-    assert ("1 of 3 training images are unlabelled\n" in out) == (name == "loose file in train")
+    note = "1 of 3 training images are unlabelled; the others are of 2 classes: a, b\n"
+    assert (note in out) == (name == "loose file in train")
     assert ("3 of 3 training images are unlabelled; label" in out) == (name == "tree")
     ignored = ", 1 images outside of train/ and test/ (" if name == "outside of train" else ""
     assert f"note: ignored in {str(tmp_path)!r}: 1 .txt{ignored}" in out
@@ -410,6 +411,9 @@ def test_npz_with_any_channels_trains(run_cli, tmp_path, method, channels):
     for _ in range(2):
         result = run_cli(method, *flags(**words, resume=True))
         assert result.status == 0, result
+    assert run_cli(knn_eval, tmp_path / "run", "--pixels").status == 0
+    with Image.open(tmp_path / "run/knn/neighbors.png") as picture:
+        picture.load()
     encoder, info = common.load_encoder(tmp_path / "run/encoder.pt")
     expected = channels if channels > 1 else 3
     assert encoder.conv1.in_channels == expected == len(info["mean"])
@@ -462,7 +466,7 @@ def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
     assert images.test_labels.tolist() == [0, 1]
     words = dict(dataset="folder", data_dir=scans, labels=labels, epochs=0, width=16)
     result = run_cli(simclr, *flags(**words, run_dir=tmp_path / "run"))
-    assert "2 of 10 training images are unlabelled\n" in result.out and not result.err
+    assert "2 of 10 training images are unlabelled; the others are of 2" in result.out
     arrays = np.load(tmp_path / "run/embeddings.npz")
     expected = [f"g{i // 2}" for i in range(8)] + ["10.png", "11.png"]
     assert arrays["train_groups"].tolist() == expected
@@ -489,9 +493,11 @@ def test_group_on_both_sides_of_the_split(scans, tmp_path, capsys):
         (["file,label", "00.png,a", "99.png,b"], "line 3: '99.png' is not an image"),
         (["file,label", "00.png,a", "./00.png,b"], "line 3: '00.png' is listed twice"),
         (["file,label", "00.png,a", "01.png,"], "line 3: a file and a label are needed"),
-        (["name,label", "00.png,a"], "line 2: a file and a label are needed"),
+        (["name,label", "00.png,a"], "columns file and label in line 1, not ['name', 'label']"),
+        (["file,label", "00.png,a ", "01.png, a"], "only one class"),
         (["file,label,split", "00.png,a,dev"], "split is 'dev'"),
         (["file,label"], "lists no file"),
+        (["file;label", "00.png;a"], "not ['file;label']"),
         (["file,label", "00.png,a"], "only one class"),
     ],
 )
@@ -526,11 +532,20 @@ def test_init_from_an_encoder(run_cli, finished, tiny, tmp_path, method):
     assert result.status == 0 and "loaded 120 of 120 tensors\n" in result.out, result
     a, b = (np.load(run / "embeddings.npz") for run in (finished("simclr"), tmp_path / "run"))
     np.testing.assert_array_equal(a["test_features"], b["test_features"])
+    # Of other images, with the size, mean and std of those that the encoder was trained on.
+    for i in range(4):
+        write(tmp_path / "other" / f"{i}.png", noise(20, 20, 3, seed=i))
+    other = dict(dataset="folder", data_dir=tmp_path / "other", run_dir=tmp_path / "elsewhere")
+    assert run_cli(method, *flags(**words | other)).status == 0
+    old, new = (torch.load(path) for path in (weights, tmp_path / "elsewhere/encoder.pt"))
+    for key in ("mean", "std", "image_size"):
+        assert (torch.as_tensor(old[key]) == torch.as_tensor(new[key])).all()
     torch.save(torch.load(weights)["state_dict"], tmp_path / "state.pt")
     words |= dict(run_dir=tmp_path / "state", init=tmp_path / "state.pt", width=16)
     assert run_cli(method, *flags(**words, encoder="resnet18")).status == 0
-    c = np.load(tmp_path / "state/embeddings.npz")
-    np.testing.assert_array_equal(a["test_features"], c["test_features"])
+    # A state dict does not name them: ImageNet's.
+    mean = torch.load(tmp_path / "state/encoder.pt")["mean"].flatten()
+    torch.testing.assert_close(mean, torch.tensor([0.485, 0.456, 0.406]))
     result = run_cli(method, *flags(**words | dict(run_dir=tmp_path / "wide", width=32)))
     assert result.status == 2 and "does not fit --encoder resnet18 and --width" in result.err
 
@@ -852,15 +867,19 @@ def test_embed_in_eval_mode():
 @pytest.mark.parametrize("part", ["test", "train"])
 @pytest.mark.parametrize("k", [5, 10_000])
 def test_knn_monitor_equals_scikit_learn(k, part):
-    """knn_acc is KNeighborsClassifier's, by leave-one-out without labelled test images."""
+    """knn_acc is KNeighborsClassifier's, by leave-one-out without labelled test images.
+
+    k is at most the size of the largest class.
+    """
     images, encoder = common.load_images("digits"), torch.nn.Flatten()
     x, y = common.embed(encoder, images, "train"), images.train_labels.numpy()
     if part == "test":
-        knn = KNeighborsClassifier(min(k, 1437), metric="cosine").fit(x, y)
+        knn = KNeighborsClassifier(min(k, np.bincount(y).max()), metric="cosine").fit(x, y)
         expected = knn.score(common.embed(encoder, images, "test"), images.test_labels)
     else:
         images.test_labels.fill_(-1)
-        neighbors = NearestNeighbors(metric="cosine").fit(x).kneighbors(n_neighbors=min(k, 1436))[1]
+        most = min(k, np.bincount(y).max() - 1)
+        neighbors = NearestNeighbors(metric="cosine").fit(x).kneighbors(n_neighbors=most)[1]
         votes = np.apply_along_axis(np.bincount, 1, y[neighbors], minlength=10)
         expected = (votes.argmax(1) == y).mean()
     found = common.knn_monitor(encoder, images, k)
