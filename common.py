@@ -120,8 +120,9 @@ def resolve(args, recipes, n=None):
         epochs = recipe["epochs"] * 50_000 / n * recipe["batch_size"] / usual
         recipe["epochs"] = max(recipe["epochs"], min(1000, round(epochs)))
     if args.init and args.init != "imagenet":
-        made = load_torch(args.init)
-        recipe |= {key: made[key] for key in ("encoder", "width", "image_size") if made.get(key)}
+        made, keys = load_torch(args.init), ("encoder", "width", "image_size")
+        with user_errors(f"--init {args.init} is neither an encoder.pt nor a state dict"):
+            recipe |= {key: made[key] for key in keys if made.get(key)}
     for key, value in recipe.items():
         if getattr(args, key) in (None, "auto"):
             args = replace(args, **{key: value})
@@ -347,10 +348,14 @@ def _squares(array, size, window, fit):
     return torch.cat(squares)
 
 
+def sample_pixels(values, n):
+    """n random elements of an array, the same for the same size."""
+    return np.ravel(values)[np.random.default_rng(0).integers(np.size(values), size=n)]
+
+
 def choose_window(values, source):
-    """The 0.1 and 99.9 percentile of an array of pixels of a source, of at most a million."""
-    values = np.ravel(values)[:: math.ceil(np.size(values) / 1e6)]
-    low, high = (float(value) for value in np.percentile(values, (0.1, 99.9)))
+    """The 0.1 and 99.9 percentile of a sample of the pixels of a source."""
+    low, high = np.percentile(sample_pixels(values, 10**6), (0.1, 99.9)).tolist()
     check(math.isfinite(high - low), f"{str(source)!r} holds values that are not finite")
     return low, max(high, low + 1e-6)
 
@@ -415,7 +420,8 @@ def _npz(dataset, path):
         x = arrays.get(f"{part}_images", first[:0] if first.ndim else first)
         form = f"{str(path)!r}: {part}_images must be numbers [N, H, W] or [N, H, W, C], C up to 32"
         fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] <= 32)
-        fits = fits and x.dtype.kind in "uif" and x.shape[3:] == first.shape[3:]
+        fits = fits and x.dtype.kind in "uif"
+        fits = fits and x.dtype == first.dtype and x.shape[3:] == first.shape[3:]
         check(fits, f"{form}, alike for training and test, not {x.dtype} {list(x.shape)}")
         y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
         form = f"{str(path)!r}: {part}_labels must be {len(x)} integers, -1 for unlabelled"
@@ -471,11 +477,13 @@ def _list_folder(root, table):
             continue
         folder = parts[1] if layout and len(parts) > 2 else None
         files[i].append(name)
-        labels[i].append(row.get("label") if table else folder)
+        labels[i].append(row.get("label") or None if table else folder)
         groups[i].append(row.get("group") or name)
     check(files[0], f"--data-dir {str(root)!r}: no images found, in train/ if there is one")
     class_names = sorted({*labels[0]} - {None})
-    one = f"--data-dir {str(root)!r}: only one class; put each class in a folder of its own"
+    one = (
+        f"--data-dir {str(root)!r}: only one class, {class_names}; label images of another, or none"
+    )
     check(len(class_names) != 1, one)
     unknown = {*labels[1]} - {None, *class_names}
     check(not unknown or not class_names, f"train/ lacks classes of test images: {[*unknown][:5]}")
@@ -503,17 +511,20 @@ def _read_table(path, names):
             lines, columns = list(reader), reader.fieldnames or []
     known = {"file", "label"} <= {*columns}
     check(known, f"--labels {path!r} needs the columns file and label in line 1, not {columns}")
-    rows, names = {}, {*names}
+    rows, names, mistakes = {}, {*names}, []
     for number, row in enumerate(lines, 2):
         row = {key: value.strip() for key, value in row.items() if isinstance(value, str)}
-        where, name = f"--labels {path!r}, line {number}", os.path.normpath(row.get("file") or "")
-        check(row.get("file") and row.get("label"), f"{where}: a file and a label are needed")
-        check(name in names, f"{where}: {name!r} is not an image below --data-dir")
-        check(name not in rows, f"{where}: {name!r} is listed twice")
-        split = row.get("split") or "train"
-        check(split in ("train", "test"), f"{where}: split is {split!r}, not train or test")
+        name, split = os.path.normpath(row.get("file") or ""), row.get("split") or "train"
+        if name not in names:
+            mistakes.append(f"line {number}: {name!r} is not an image below --data-dir")
+        elif name in rows:
+            mistakes.append(f"line {number}: {name!r} is listed twice")
+        elif split not in ("train", "test"):
+            mistakes.append(f"line {number}: split is {split!r}, not train or test")
         rows[name] = row
-    check(rows, f"--labels {path!r} lists no file")
+    check(not mistakes, "\n".join(f"--labels {path!r}, {line}" for line in mistakes[:20]))
+    labelled = any(row.get("label") for row in rows.values())
+    check(labelled, f"--labels {path!r}: the column label is empty")
     return rows
 
 
@@ -529,8 +540,7 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
         with suppress(Exception), Image.open(root / name) as image:
             sizes.append(sorted(image.size))
             if image.mode[0] in "IF":
-                pixels = np.asarray(image, np.float32).ravel()
-                values.append(pixels[:: math.ceil(len(pixels) / 1e4)])
+                values.append(sample_pixels(np.asarray(image, np.float32), 10**4))
     deep = len(values) > len(sizes) / 2
     check(deep or not window, "--window is for images with more than 8 bits")
     window = window or (choose_window(np.concatenate(values), root) if deep else None)
@@ -571,7 +581,8 @@ def _decode(root, names, path, side, window, fit):
         try:
             out[i] = read_image(root / names[i], side, window, fit)
         except Exception as error:
-            return f"{str(root / names[i])!r} cannot be read ({one_line(error)}); fix or delete it"
+            name = str(root / names[i])
+            return f"{name!r} cannot be read ({one_line(error)}); fix, convert or delete it"
 
     try:
         lines = prefetch(decode, range(len(names)), os.cpu_count() or 1)
@@ -608,16 +619,14 @@ def read_image(path, side, window=None, fit="crop"):
         image.draft(None, (2 * side, 2 * side))
         image = ImageOps.exif_transpose(image)
         if deep:
-            image = Image.fromarray(np.asarray(image, np.float32))
+            image = Image.fromarray(to_uint8(np.asarray(image, np.float32), window))
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         resize = dict(crop=ImageOps.fit, pad=ImageOps.pad, stretch=Image.Image.resize)[fit]
-        image = image if deep else image.convert("RGB")
-        image = resize(image, (side, side), Image.Resampling.BILINEAR)
-    pixels = to_uint8(np.asarray(image), window)
-    return np.broadcast_to(pixels, (3, side, side)) if deep else pixels.transpose(2, 0, 1)
+        image = resize(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def prefetch(function, items, threads):
@@ -776,8 +785,13 @@ def encode_files(path, files, device="cpu"):
     encoder, info = load_encoder(path)
     encoder.to(device)
     form, features = [info[key] for key in ("side", "window", "fit")], []
+
+    def read(file):
+        with user_errors(f"{str(file)!r} cannot be read"):
+            return read_image(file, *form)
+
     for start in range(0, len(files), 256):
-        pixels = np.stack([read_image(file, *form) for file in files[start : start + 256]])
+        pixels = np.stack([read(file) for file in files[start : start + 256]])
         images = square(torch.from_numpy(pixels), info["image_size"])
         images = normalize(images, info["mean"], info["std"])
         features.append(encoder(images.to(device)).cpu())
@@ -913,7 +927,7 @@ class Run:
     # Arguments in which a resumed run may differ from its first start.
     MAY_CHANGE = (
         "run_dir resume device precision compile deterministic data_dir cache_dir eval_every "
-        "checkpoint_every knn_k track wandb_project"
+        "checkpoint_every knn_k track wandb_project labels init"
     ).split()
 
     # In a notebook the process lives on after an error, and may resume the run.
@@ -1162,7 +1176,7 @@ class Run:
             arrays[f"{part}_features"] = features = embed(self.encoder, images, part)
             arrays[f"{part}_labels"] = getattr(images, f"{part}_labels").numpy()
         meta = {k: v for k, v in self.facts.items() if k not in ("views", "images")}
-        meta["data_dir"] = args.data_dir
+        meta |= {key: getattr(args, key) for key in ("data_dir", "labels", "init")}
         with atomic_write(self.dir / "embeddings.npz") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
         info = dict(self.architecture, image_size=images.size, feature_dim=features.shape[1])

@@ -193,7 +193,7 @@ class Args:
     labels_per_class: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     """numbers of labels a class for the table of few labels (nothing: no such table)"""
     pixels: bool = False
-    """also evaluate the raw pixels of the runs' data sets"""
+    """also evaluate the raw pixels of the runs' data sets, of at most 32 pixels a side"""
     probe: bool = False
     """also fit logistic regressions on the frozen features: few labels, and all"""
     embedding_2d: Literal["pca", "tsne"] = "pca"
@@ -328,9 +328,9 @@ def pictures(entry, args):
             print(f"no pictures: the images in {source['data_dir']!r} have changed")
             return None
 
-    def get(part):
-        pixels = getattr(images, part.name)[part.rows]
-        return square(pixels, images.size).permute(0, 2, 3, 1).numpy()
+    def get(part, most=224):
+        pixels = square(getattr(images, part.name)[part.rows], min(images.size, most))
+        return pixels.permute(0, 2, 3, 1).numpy()
 
     return get
 
@@ -350,7 +350,8 @@ def pixels_of(name, entry, args):
     entry.name = entry.column = f"pixels of {name}"
     entry.meta = {key: entry.meta[key] for key in ("dataset", "data_dir", "image_size")}
     for part in (entry.train, entry.test):
-        pixels = get(part)
+        # Of photographs, a thumbnail.
+        pixels = get(part, 32)
         # -1 is ambiguous without test images.
         part.features = pixels.reshape(len(part), np.prod(pixels.shape[1:])).astype(np.float32)
     return entry

@@ -318,6 +318,9 @@ def test_12_bits_use_the_whole_range(tmp_path, kind):
             write(tmp_path / f"train/{i}.{kind.split('.')[-1]}", array)
         images = load(tmp_path)
     low, high = np.percentile(arrays, (0.1, 99.9))
+    # On a frame of zeros, any sample of whole columns would be black.
+    framed = np.pad(twelve_bits(1100, 24), [(0, 0), (4, 4), (4, 4)])
+    assert common.choose_window(framed, "")[1] > 4000
     assert images.window == pytest.approx((low, high), abs=2) and images.gray
     assert len(images.train.unique()) >= 200
     expected = ((arrays - low) / (high - low) * 255).clip(0, 255)
@@ -437,6 +440,10 @@ def test_note_on_images_far_from_square(tmp_path, capsys):
     assert "center squares keep 33% of the pixels; --fit pad" in capsys.readouterr().out
     images = common.load_images("folder", tmp_path, fit="pad")
     assert images.train.shape == (1, 3, 60, 60) and not images.train[:, :, :20].any()
+    write(tmp_path / "ct/0.tif", np.full((20, 60), 100, np.float32))
+    # Black is the low end of the window.
+    padded = common.read_image(tmp_path / "ct/0.tif", 60, (-1000.0, 1000.0), "pad")
+    assert (padded[:, 20:40] == 140).all() and not padded[:, :18].any()
     assert "keep" not in capsys.readouterr().out
 
 
@@ -473,6 +480,10 @@ def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
     assert arrays["test_groups"].tolist() == ["g4", "g4"] and "warning" not in result.out
     assert run_cli(knn_eval, tmp_path / "run").status == 0
     assert (tmp_path / "run/knn/neighbors.png").exists()
+    # The table may move before the run is resumed.
+    words["labels"] = shutil.move(labels, tmp_path / "moved.csv")
+    result = run_cli(simclr, *flags(**words, run_dir=tmp_path / "run", resume=True))
+    assert result.status == 0
     (scans / "11.png").rename(scans / "99.png")
     knn_eval.load_run_images.cache_clear()
     assert "no pictures: " in run_cli(knn_eval, tmp_path / "run").out
@@ -492,11 +503,11 @@ def test_group_on_both_sides_of_the_split(scans, tmp_path, capsys):
     [
         (["file,label", "00.png,a", "99.png,b"], "line 3: '99.png' is not an image"),
         (["file,label", "00.png,a", "./00.png,b"], "line 3: '00.png' is listed twice"),
-        (["file,label", "00.png,a", "01.png,"], "line 3: a file and a label are needed"),
+        (["file,label", "00.png,", "01.png, "], "the column label is empty"),
         (["name,label", "00.png,a"], "columns file and label in line 1, not ['name', 'label']"),
         (["file,label", "00.png,a ", "01.png, a"], "only one class"),
         (["file,label,split", "00.png,a,dev"], "split is 'dev'"),
-        (["file,label"], "lists no file"),
+        (["file,label"], "the column label is empty"),
         (["file;label", "00.png;a"], "not ['file;label']"),
         (["file,label", "00.png,a"], "only one class"),
     ],
@@ -505,6 +516,21 @@ def test_mistakes_in_a_table(refused, scans, tmp_path, lines, says):
     """Each is one error line that names the line of the table."""
     labels = table(tmp_path / "labels.csv", *lines)
     refused(simclr, *flags(dataset="folder", data_dir=scans, labels=labels), says=[says])
+
+
+def test_all_mistakes_of_a_table_are_named(refused, scans, tmp_path):
+    """Each missing file has a line of its own."""
+    labels = table(tmp_path / "labels.csv", "file,label", "0.png,a", "00.png,a", "1.png,b")
+    words = flags(dataset="folder", data_dir=scans, labels=labels)
+    refused(simclr, *words, says=["line 2: '0.png'", "line 4: '1.png'"], lines=2)
+
+
+def test_unlabelled_rows_of_a_table(scans, tmp_path):
+    """An empty label is unlabelled, and keeps its split and group."""
+    lines = ["00.png,a,,x", "01.png,b,,y", "02.png,,test,z"]
+    labels = table(tmp_path / "labels.csv", "file,label,split,group", *lines)
+    images = common.load_images("folder", scans, labels=labels)
+    assert images.test_labels.tolist() == [-1] and images.extra["test_groups"].tolist() == ["z"]
 
 
 # ---------------------------------------------------------------- starting from weights
@@ -729,6 +755,7 @@ def test_npz_without_labels_or_test(tmp_path):
 MALFORMED = {
     "missing": ("train_images", None, "lacks train_images"),
     "text": ("train_images", np.full((9, 8, 8), "a"), "<U1"),
+    "other type": ("test_images", np.zeros((9, 8, 8), np.uint16), "test_images must be"),
     "other channels": ("test_images", noise(9, 8, 8, 2), "test_images must be"),
     "33 channels": ("train_images", noise(9, 8, 8, 33), "C up to 32"),
     "scalar": ("train_images", np.array(1), "train_images"),
