@@ -740,7 +740,8 @@ def load_weights(encoder, init):
     if init == "imagenet":
         from torchvision.models import get_model
 
-        with user_errors(f"cannot get torchvision's weights of {name} for --init imagenet"):
+        failed = f"cannot get torchvision's weights of {name} for --init imagenet"
+        with user_errors(failed), local_rank_zero_first():
             state = get_model(name, weights="DEFAULT").state_dict()
     else:
         state = load_torch(init)
