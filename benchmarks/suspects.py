@@ -57,7 +57,7 @@ def main(args):
         row |= dict(flipped=len(flipped), found=len(found), listed=len({*suspects} & {*flipped}))
         rows.append(dict(row, suspects=len(suspects)))
         print(rows[-1], flush=True)
-    command = shlex.join(["python", "benchmarks/suspects.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/suspects.py", *args.runs])
     result = dict(command=command, runs=rows, processor=processor_name())
     Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
 
