@@ -928,7 +928,7 @@ class Run:
     # Arguments in which a resumed run may differ from its first start.
     MAY_CHANGE = (
         "run_dir resume device precision compile deterministic data_dir cache_dir eval_every "
-        "checkpoint_every knn_k track wandb_project labels init"
+        "checkpoint_every knn_k track wandb_project labels"
     ).split()
 
     # In a notebook the process lives on after an error, and may resume the run.
@@ -1177,7 +1177,7 @@ class Run:
             arrays[f"{part}_features"] = features = embed(self.encoder, images, part)
             arrays[f"{part}_labels"] = getattr(images, f"{part}_labels").numpy()
         meta = {k: v for k, v in self.facts.items() if k not in ("views", "images")}
-        meta |= {key: getattr(args, key) for key in ("data_dir", "labels", "init")}
+        meta |= {key: getattr(args, key) for key in ("data_dir", "labels")}
         with atomic_write(self.dir / "embeddings.npz") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
         info = dict(self.architecture, image_size=images.size, feature_dim=features.shape[1])

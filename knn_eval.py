@@ -730,6 +730,15 @@ def main(args):
     args = replace(args, device=str(device) if device.type == "cuda" else None)
 
     runs = read_inputs(args)
+    # Other options, another folder.
+    parts = ["knn", args.metric, args.vote, "whiten" * args.whiten]
+    name = "-".join(part for part in parts if part not in (Args.metric, Args.vote, ""))
+    folder = Path(args.output or Path(runs[0].name if len(runs) == 1 else "runs", name))
+    failed = f"cannot write to --output {str(folder)!r}"
+    with user_errors(failed, OSError):
+        # A labels.csv may be the user's own.
+        ours = not folder.exists() or (folder / "knn.json").exists() or not any(folder.iterdir())
+        check(ours, f"{failed}: it holds other files; name another folder")
     # A run of each data set.
     sources = {}
     for entry in runs:
@@ -746,11 +755,7 @@ def main(args):
         # A folder for each of several runs.
         place = re.sub(r"[^\w-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
         files |= {place + name: content for name, content in details(entry, args).items()}
-    # Other options, another folder.
-    parts = ["knn", args.metric, args.vote, "whiten" * args.whiten]
-    name = "-".join(part for part in parts if part not in (Args.metric, Args.vote, ""))
-    folder = Path(args.output or Path(runs[0].name if len(runs) == 1 else "runs", name))
-    with user_errors(f"cannot write to --output {str(folder)!r}", OSError):
+    with user_errors(failed, OSError):
         for old in (folder / name for name in KNOWN if name not in files):
             old.unlink(missing_ok=True)
         for name, content in files.items():

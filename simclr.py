@@ -413,6 +413,7 @@ def main(args):
     views = choose_views(args.augment, images.gray, images.size)
 
     common.seed_draws(args.seed, "weights")
+    # With --init, the weights and images.mean and images.std are those of that encoder.
     encoder, feature_dim = common.start_encoder(args, images)
     network = SimCLR(
         encoder, feature_dim, args.hidden_dim, args.projection_dim, args.projection_layers

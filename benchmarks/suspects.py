@@ -48,9 +48,9 @@ def main(args):
         with tempfile.TemporaryDirectory() as folder:
             np.savez(Path(folder, "flipped.npz"), **arrays)
             command = [sys.executable, str(ROOT / "knn_eval.py"), f"{folder}/flipped.npz"]
-            command += ["--output", folder, "--labels-per-class"]
+            command += ["--output", f"{folder}/knn", "--labels-per-class"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            with open(Path(folder, "suspects.csv")) as file:
+            with open(Path(folder, "knn/suspects.csv")) as file:
                 suspects = [int(line["file"]) for line in csv.DictReader(file)]
         found = {*suspects[: len(flipped)]} & {*flipped.tolist()}
         row = dict(method=meta["method"], dataset=meta["dataset"], seed=meta["seed"])

@@ -572,6 +572,9 @@ def test_init_from_an_encoder(run_cli, finished, tiny, tmp_path, method):
     # A state dict does not name them: ImageNet's.
     mean = torch.load(tmp_path / "state/encoder.pt")["mean"].flatten()
     torch.testing.assert_close(mean, torch.tensor([0.485, 0.456, 0.406]))
+    # Resumed without --init, mean and std would be others.
+    result = run_cli(method, *flags(**words | dict(init=None, resume=True)), "--width", "16")
+    assert result.status == 2 and "init was" in result.err
     result = run_cli(method, *flags(**words | dict(run_dir=tmp_path / "wide", width=32)))
     assert result.status == 2 and "does not fit --encoder resnet18 and --width" in result.err
 

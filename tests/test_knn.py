@@ -586,6 +586,7 @@ MISTAKES = {
     "no label": ({}, ["--labels-per-class", 0], "--labels-per-class 0"),
     "temperature": ({}, ["--temperature", 0], "--temperature 0"),
     "output": ({}, ["--output", __file__], "--output"),
+    "output of others": ({}, ["--output", Path(__file__).parent], "holds other files"),
     "pixels": (dict(meta=np.array("{}")), ["--pixels"], "--pixels"),
 }
 
