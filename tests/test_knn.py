@@ -310,7 +310,8 @@ def test_groups_change_the_chosen_k(run_cli, tmp_path):
     (grouped,), (single,) = results(tmp_path / "with_groups"), results(tmp_path / "without")
     assert single["k"] == 1 and single["leave_one_out"]["1"] == 1
     assert grouped["k"] > 1 and grouped["leave_one_out"]["1"] < 0.95
-    # The copies are not pairs, nor each other's evidence.
+    # So is k among the drawn labels, and the copies are not pairs.
+    assert grouped["tables"]["labels"]["20"] != single["tables"]["labels"]["20"]
     pairs = [rows(tmp_path / name / "pairs.csv")[0] for name in ("with_groups", "without")]
     assert float(pairs[0]["similarity"]) < 0.999 < float(pairs[1]["similarity"])
 
@@ -489,6 +490,11 @@ def test_other_options_go_to_another_folder(run_cli, tmp_path):
         assert f"to {tmp_path / name}" in done.out and results(tmp_path / name)
     accuracies = {results(path)[0]["accuracy"] for path in tmp_path.glob("knn*")}
     assert len(accuracies) > 1
+    data = dict(np.load(tmp_path / "embeddings.npz"))
+    train, test = whiten(data["train_features"], data["test_features"])
+    found = knn_sweep(train, data["train_labels"], test, [5], vote="softmax")[5]
+    (result,) = results(tmp_path / "knn-softmax-whiten")
+    assert result["accuracy"] == (found == data["test_labels"]).mean()
     # Without the table of few labels, an earlier one does not stay.
     assert (tmp_path / "knn/labels.csv").exists()
     run_cli(knn_eval, tmp_path, "--ks", 5, "--labels-per-class")
