@@ -104,7 +104,8 @@ PHOTO = dict(augment="photo", encoder="resnet18", width=64,
              epochs=200, batch_size=512, lr=0.24, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
 SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32,
               lambd=0.03, hidden_dim=1024, projection_dim=64, projection_layers=2,
-              epochs=60, batch_size=64, lr=0.01, weight_decay=1e-4, warmup_epochs=5)  # fmt: skip
+              epochs=60, batch_size=64, lr=0.64,
+              weight_decay=1.5625e-6, warmup_epochs=5)  # fmt: skip
 RECIPES = dict.fromkeys("fashion_mnist cifar10 cifar100 stl10 folder npz".split(), PHOTO)
 RECIPES |= dict(digits=SYMBOL, mnist=SYMBOL)
 
@@ -396,7 +397,8 @@ def train_step(network, optimizer, scaler, v1, v2, lr, lambd, amp_dtype=None, ga
         group["lr"] = lr
     with torch.autocast(v1.device.type, amp_dtype, enabled=amp_dtype is not None):
         z1, z2 = network(v1, v2)
-    loss = barlow_twins_loss(gather(z1), gather(z2), lambd)
+    # Divided by D, so that one learning rate suits any projection_dim.
+    loss = barlow_twins_loss(gather(z1), gather(z2), lambd) / z1.shape[1]
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)

@@ -3,10 +3,9 @@
     python benchmarks/accuracy.py digits
     python benchmarks/accuracy.py fashion_mnist --methods simclr --seeds 1
     python benchmarks/accuracy.py cifar10_jpeg --data-dir cifar10-jpeg --seeds 1
-    python benchmarks/accuracy.py cifar10 --output benchmarks/results/cifar10.jsonl
-    python benchmarks/accuracy.py cifar10 --methods byol --holdout 500 --extra="--lr 0.5"
+    python benchmarks/accuracy.py fashion_mnist --methods byol --holdout 500 --extra="--lr 0.5"
 
-digits and cifar10 are the default runs. fashion_mnist and cifar10_jpeg (a folder of image files, of
+digits are the default runs. fashion_mnist and cifar10_jpeg (a folder of image files, of
 which the first 1,000 training and 200 test images of a class are taken) are short runs of a narrow
 network. Each run is `python METHOD.py`, then `python knn_eval.py`, plain and with --whiten. A JSON
 line a run is appended to --output; runs that it holds already are left out, so a stopped benchmark
@@ -43,7 +42,6 @@ SETS = {
     "digits": [],
     "fashion_mnist": ["--dataset", "fashion_mnist", "--image-size", "16", *SHORT],
     "cifar10_jpeg": ["--dataset", "folder", *SHORT],
-    "cifar10": ["--dataset", "cifar10"],
 }
 
 
@@ -51,7 +49,7 @@ SETS = {
 class Args:
     """Train, evaluate, record."""
 
-    data: Positional[Literal["digits", "fashion_mnist", "cifar10_jpeg", "cifar10"]] = "digits"
+    data: Positional[Literal["digits", "fashion_mnist", "cifar10_jpeg"]] = "digits"
     """data set"""
     data_dir: str = "data"
     """its place"""
@@ -67,9 +65,9 @@ class Args:
     """file to append the lines to"""
 
 
-def first_of_each_class(source, folder, most=1000):
+def first_of_each_class(source, folder, train=1000, test=200):
     """A folder of links to the first images of every class."""
-    for part, n in (("train", most), ("test", most // 5)):
+    for part, n in (("train", train), ("test", test)):
         for images in sorted(Path(source, part).iterdir()):
             Path(folder, part, images.name).mkdir(parents=True)
             for image in sorted(images.iterdir())[:n]:
@@ -98,18 +96,44 @@ def run(script, *flags):
     return time.perf_counter() - start
 
 
-def record(args, name, seed, result, **more):
+def train_and_evaluate(script, flags, folder, *options):
+    """Train into folder/run by the real command, or resume it there; evaluate plain and whitened.
+
+    Returns the results of knn.json, of the features, raw pixels and whitened features, with what a
+    recorded line says of the run.
+    """
+    seconds = run(script, *flags, "--run-dir", f"{folder}/run", "--resume")
+    results = []
+    for option in ("--pixels", "--whiten"):
+        run("knn_eval.py", f"{folder}/run", "--output", f"{folder}/{option}", option, *options)
+        results += json.loads(Path(folder, option, "knn.json").read_text())["results"]
+    config = json.loads(Path(folder, "run/args.json").read_text())
+    facts = {key: config[key] for key in ("versions", "commit", "device")}
+    facts |= dict(processor=processor_name())
+    for result, more in zip(results, (dict(seconds=round(seconds, 1)), {}, {})):
+        result["facts"] = facts | more
+    return results
+
+
+def record(output, result, **line):
     """Append a result of knn.json as one line."""
-    line = dict(data=args.data, name=name, seed=seed, holdout=args.holdout)
+    tables = result["tables"]
     line |= {key: result[key] for key in ("n_train", "n_test", "k", "effective_rank")}
-    accuracy, labels = result["tables"]["knn"], result["tables"]["labels"]
-    line["accuracy_at_chosen_k"] = accuracy.pop("chosen k")
-    line["accuracy"] = {k: round(value, 6) for k, value in accuracy.items()}
-    line["labels"] = {n: round(float(np.mean(draws)), 6) for n, draws in labels.items()}
-    with open(args.output, "a") as file:
-        file.write(json.dumps(line | more) + "\n")
-    shown = f"{args.data} {name} seed {seed}: 1 label a class {100 * line['labels']['1']:.2f} %"
-    print(f"{shown}, all {100 * line['accuracy_at_chosen_k']:.2f} %", flush=True)
+    line["accuracy_at_chosen_k"] = tables["knn"].pop("chosen k")
+    line["accuracy"] = {k: round(value, 6) for k, value in tables["knn"].items()}
+    for name in {"labels", "probe"} & set(tables):
+        line[name] = {n: round(float(np.mean(draws)), 6) for n, draws in tables[name].items()}
+    with open(output, "a") as file:
+        file.write(json.dumps(line | result["facts"]) + "\n")
+    shown = f"{line['data']} {line['name']} seed {line['seed']}: 1 label a class"
+    few, all_labels = 100 * line["labels"]["1"], 100 * line["accuracy_at_chosen_k"]
+    print(f"{shown} {few:.2f} %, all {all_labels:.2f} %", flush=True)
+
+
+def recorded(output, *keys):
+    """The values of these keys in the lines of a file, as a set of tuples."""
+    lines = Path(output).read_text().splitlines() if Path(output).exists() else []
+    return {tuple(json.loads(line)[key] for key in keys) for line in lines}
 
 
 def processor_name():
@@ -130,8 +154,7 @@ def main(args):
         common.check(source, "--holdout trains with the recipe of npz, which does not fit digits")
         hold_out(args, f"{place.name}/heldout.npz")
         source = ["--dataset", "npz", "--data-dir", f"{place.name}/heldout.npz"]
-    lines = Path(args.output).read_text().splitlines() if Path(args.output).exists() else []
-    done = {tuple(json.loads(line)[key] for key in ("data", "name", "seed")) for line in lines}
+    done = recorded(args.output, "data", "name", "seed")
     for seed, method in itertools.product(args.seeds, ("untrained", *args.methods)):
         name = f"{method} {args.extra}".strip()
         if (args.data, name, seed) in done:
@@ -139,20 +162,13 @@ def main(args):
         script = f"{args.methods[0] if method == 'untrained' else method}.py"
         flags = [*settings, *["--epochs", "0"] * (method == "untrained"), "--seed", str(seed)]
         with tempfile.TemporaryDirectory() as folder:
-            seconds = run(script, *flags, *source, "--run-dir", folder + "/run")
-            results = []
-            for option in ("--pixels", "--whiten"):
-                run("knn_eval.py", folder + "/run", "--output", folder + "/knn", option)
-                results += json.loads(Path(folder, "knn/knn.json").read_text())["results"]
-            config = json.loads(Path(folder, "run/args.json").read_text())
-        knn, pixels, whitened = results
-        facts = {key: config[key] for key in ("versions", "commit", "device")}
-        facts |= dict(processor=processor_name())
+            knn, pixels, whitened = train_and_evaluate(script, [*flags, *source], folder)
+        line = dict(data=args.data, holdout=args.holdout)
         if (args.data, "pixels", None) not in done:
             done.add((args.data, "pixels", None))
-            record(args, "pixels", None, pixels, **facts)
-        facts |= dict(command=shlex.join(["python", script, *flags]), seconds=round(seconds, 1))
-        record(args, name, seed, knn, whitened=whitened["accuracy"], **facts)
+            record(args.output, pixels, name="pixels", seed=None, **line)
+        line |= dict(whitened=whitened["accuracy"], command=shlex.join(["python", script, *flags]))
+        record(args.output, knn, name=name, seed=seed, **line)
 
 
 if __name__ == "__main__":

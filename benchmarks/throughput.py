@@ -131,45 +131,53 @@ class PilImages(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[i]))
 
 
+def lightly_transform(views, size, mean, std):
+    """lightly's transform of PIL images with the parameters of a method file's two views."""
+    from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform
+
+    transforms = []
+    for view in views:
+        names = ("cj_bright", "cj_contrast", "cj_sat", "cj_hue")
+        options = dict(zip(names, view.jitter), cj_prob=view.jitter_p, cj_strength=1.0)
+        options |= dict(random_gray_scale=view.grayscale_p, gaussian_blur=view.blur_p)
+        options |= dict(solarization_prob=view.solarize_p, hf_prob=view.flip_p)
+        options |= dict(input_size=size, min_scale=view.crop[0])
+        transforms.append(BYOLView1Transform(**options, normalize=dict(mean=mean, std=std)))
+    return BYOLTransform(*transforms)
+
+
+def lightly_loss(method, temperature=0.5, ema=0.0, lambd=5e-3):
+    """lightly's loss of a network's output."""
+    from lightly import loss as losses
+
+    if method == "simclr":
+        criterion = losses.NTXentLoss(temperature)
+        return lambda out: criterion(*out)
+    if method == "barlow_twins":
+        criterion = losses.BarlowTwinsLoss(lambd)
+        return lambda out: criterion(*out)
+    criterion = losses.NegativeCosineSimilarity()
+    return lambda out: 0.5 * (criterion(out[0], out[3]) + criterion(out[1], out[2]))
+
+
 class Lightly(Step):
     """The same network with lightly's transform in a DataLoader and lightly's loss."""
 
     def __init__(self, method, args, images, tuned):
-        from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform
-
         super().__init__(method, args, images)
-        transforms = []
-        for view in self.views:
-            names = ("cj_bright", "cj_contrast", "cj_sat", "cj_hue")
-            options = dict(zip(names, view.jitter), cj_prob=view.jitter_p, cj_strength=1.0)
-            options |= dict(random_gray_scale=view.grayscale_p, gaussian_blur=view.blur_p)
-            options |= dict(solarization_prob=view.solarize_p, hf_prob=view.flip_p)
-            normalize = dict(mean=[0.5] * 3, std=[0.25] * 3)
-            options |= dict(input_size=images.shape[2], min_scale=view.crop[0])
-            transforms.append(BYOLView1Transform(**options, normalize=normalize))
+        transform = lightly_transform(self.views, images.shape[2], [0.5] * 3, [0.25] * 3)
         workers = len(os.sched_getaffinity(0)) if tuned else 8
         more = dict(persistent_workers=tuned, pin_memory=tuned and self.device.type == "cuda")
         more |= dict(shuffle=True, drop_last=True, num_workers=workers)
-        dataset = PilImages(images, BYOLTransform(*transforms))
+        dataset = PilImages(images, transform)
         loader = torch.utils.data.DataLoader(dataset, self.args.batch_size, **more)
         self.batches = (batch for _ in iter(int, 1) for batch in loader)
         # The batches that a DataLoader makes ahead of a turn.
         self.lead = 2 * workers
-        self.method, self.layout = method, torch.channels_last
+        self.loss, self.layout = lightly_loss(method, **self.own), torch.channels_last
         if not tuned:
             self.layout = torch.contiguous_format
             self.model.to(memory_format=self.layout)
-
-    def loss(self, out):
-        """lightly's loss of the network's output."""
-        from lightly import loss as losses
-
-        if self.method == "simclr":
-            return losses.NTXentLoss(self.own["temperature"])(*out)
-        if self.method == "barlow_twins":
-            return losses.BarlowTwinsLoss(self.own["lambd"])(*out)
-        criterion = losses.NegativeCosineSimilarity()
-        return 0.5 * (criterion(out[0], out[3]) + criterion(out[1], out[2]))
 
     def run(self, steps):
         from lightly.models.utils import update_momentum
@@ -177,7 +185,7 @@ class Lightly(Step):
         for _ in range(steps):
             v1, v2 = (v.to(self.device, non_blocking=True) for v in next(self.batches))
             v1, v2 = (v.contiguous(memory_format=self.layout) for v in (v1, v2))
-            if self.method == "byol":
+            if hasattr(self.model, "target"):
                 update_momentum(self.model.online, self.model.target, m=0.99)
             with torch.autocast(self.device.type, self.amp_dtype, self.amp_dtype is not None):
                 loss = self.loss(self.model(v1, v2))

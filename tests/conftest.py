@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 LOSS = {
     "simclr": lambda m, out, temperature: m.info_nce(*out, temperature),
     "byol": lambda m, out, ema: m.byol_loss(out[0], out[3]) + m.byol_loss(out[1], out[2]),
-    "barlow_twins": lambda m, out, lambd: m.barlow_twins_loss(*out, lambd),
+    "barlow_twins": lambda m, out, lambd: m.barlow_twins_loss(*out, lambd) / out[0].shape[1],
 }
 METHODS = list(LOSS)
 # 96 images of 8 x 8 pixels in 3 steps an epoch: an epoch takes a tenth of a second.

@@ -1,0 +1,72 @@
+"""CIFAR-10 in full: with --cpu what two CPU cores learn in an hour a method, else the default runs.
+
+    python benchmarks/cifar10.py --cpu --data-dir cifar10-jpeg
+    python benchmarks/cifar10.py --methods byol --seeds 1 2 3 --extra="--compile"
+
+--cpu reads CIFAR-10 as files (train/<class>/*, test/<class>/*); without it, torchvision downloads
+the data set. Every run is `python METHOD.py`, then `python knn_eval.py --probe`, plain and with
+--whiten. It appends a line to --output: accuracy over k, with few labels and by logistic
+regression, and loss, kNN accuracy and effective rank over the epochs. Recorded runs are not
+repeated, and a run that was stopped is resumed from its folder under --runs.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from accuracy import ROOT, record, recorded, train_and_evaluate
+
+import common
+
+CPU = "--encoder resnet10 --width 32 --epochs 38 --batch-size 128 --precision bf16 --compile"
+
+
+@dataclass
+class Args:
+    """Train each method, evaluate, record."""
+
+    cpu: bool = False
+    """the setting for two CPU cores"""
+    data_dir: str = "data"
+    """folder of the data set"""
+    methods: tuple[str, ...] = ("simclr", "byol", "barlow_twins")
+    """method files"""
+    seeds: tuple[int, ...] = (1,)
+    """seeds of each method"""
+    extra: str = ""
+    """more flags for the methods, in one string; they become part of the recorded name"""
+    runs: str = "runs/cifar10-benchmark"
+    """folder of the runs"""
+    output: str = ""
+    """file to append the lines to (unset: results/cifar10-cpu.jsonl or cifar10-gpu.jsonl)"""
+
+
+def main(args):
+    """The untrained encoder and pixels, then every method and seed."""
+    data = f"cifar10-{'cpu' if args.cpu else 'gpu'}"
+    output = args.output or str(ROOT / f"benchmarks/results/{data}.jsonl")
+    settings = ["--dataset", "folder" if args.cpu else "cifar10", "--eval-every", "2"]
+    settings += [*shlex.split(CPU * args.cpu), *shlex.split(args.extra)]
+    done = recorded(output, "name", "seed")
+    for method, seed in [("untrained", 1), *((m, s) for m in args.methods for s in args.seeds)]:
+        name = f"{method} {args.extra}".strip()
+        if (name, seed) in done:
+            continue
+        script = "simclr.py" if method == "untrained" else f"{method}.py"
+        flags = [*settings, *["--epochs", "0"] * (method == "untrained"), "--seed", str(seed)]
+        folder = f"{args.runs}/{name.replace(' ', '')}-s{seed}"
+        source = ["--data-dir", args.data_dir]
+        found = train_and_evaluate(script, [*flags, *source], folder, "--probe")
+        knn, pixels, whitened = found
+        if method == "untrained":
+            record(output, pixels, data=data, name="pixels", seed=seed)
+        keys = ("epoch", "loss", "seconds", "knn_acc", "effective_rank")
+        log = [json.loads(line) for line in Path(folder, "run/log.jsonl").open()]
+        line = dict(curve=[{key: row[key] for key in keys if key in row} for row in log])
+        line |= dict(whitened=whitened["tables"], command=shlex.join(["python", script, *flags]))
+        record(output, knn, data=data, name=name, seed=seed, **line)
+
+
+if __name__ == "__main__":
+    common.cli(Args, main)
