@@ -934,7 +934,7 @@ class Run:
     # In a notebook the process lives on after an error, and may resume the run.
     lock = None
 
-    def __init__(self, method, args, images, views, encoder, network, optimizer, scaler):
+    def __init__(self, method, args, images, view, encoder, network, optimizer, scaler):
         self.method, self.images, self.encoder = method, images, encoder
         # What build_encoder needs to make the encoder again, or the name of another class.
         other = dict(encoder=type(encoder).__name__, width=None)
@@ -952,8 +952,9 @@ class Run:
         self.totals = torch.zeros(2, device=self.device)
         self.stop_signal = 0
         # What a resumed run must have in common with its first start.
-        views = [vars(view) for view in views]
-        self.facts = dict(method=method, optimizer=type(optimizer).__name__, images=n, views=views)
+        self.facts = dict(
+            method=method, optimizer=type(optimizer).__name__, images=n, view=vars(view)
+        )
         self.facts |= {k: v for k, v in asdict(args).items() if k not in self.MAY_CHANGE}
 
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1176,7 +1177,7 @@ class Run:
         for part in ("train", "test"):
             arrays[f"{part}_features"] = features = embed(self.encoder, images, part)
             arrays[f"{part}_labels"] = getattr(images, f"{part}_labels").numpy()
-        meta = {k: v for k, v in self.facts.items() if k not in ("views", "images")}
+        meta = {k: v for k, v in self.facts.items() if k not in ("view", "images")}
         meta |= {key: getattr(args, key) for key in ("data_dir", "labels")}
         with atomic_write(self.dir / "embeddings.npz") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta)))

@@ -100,9 +100,9 @@ class Args:
 
 
 PHOTO = dict(augment="photo", encoder="resnet18", width=64,
-             temperature=0.5, hidden_dim=512, projection_dim=128, projection_layers=2,
+             temperature=0.2, hidden_dim=512, projection_dim=128, projection_layers=2,
              epochs=200, batch_size=512, lr=0.24, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
-SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32,
+SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32, temperature=0.5,
               epochs=75, batch_size=128, lr=0.1, weight_decay=1e-4, warmup_epochs=5)  # fmt: skip
 RECIPES = dict.fromkeys("fashion_mnist cifar10 cifar100 stl10 folder npz".split(), PHOTO)
 RECIPES |= dict(digits=SYMBOL, mnist=SYMBOL)
@@ -113,7 +113,7 @@ RECIPES |= dict(digits=SYMBOL, mnist=SYMBOL)
 
 @dataclass(frozen=True)
 class View:
-    """Distribution of one view. Every image draws its own parameters; *_p are probabilities."""
+    """Distribution of the views. Every image draws its own parameters; *_p are probabilities."""
 
     # area of the random resized crop, as a share of the image
     crop: tuple = (1.0, 1.0)
@@ -127,29 +127,30 @@ class View:
     jitter: tuple = (0.0, 0.0, 0.0, 0.0)
     jitter_p: float = 0.8
     grayscale_p: float = 0.0
-    blur_p: float = 0.0
-    solarize_p: float = 0.0
+    # of the first and the second view
+    blur_p: tuple = (0.0, 0.0)
+    solarize_p: tuple = (0.0, 0.0)
     # largest standard deviation of added gray noise
     noise: float = 0.0
     # flips upside down and quarter turns
     turn_p: float = 0.0
 
 
-PHOTO_VIEW = View((0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale_p=0.2, blur_p=0.5)
+PHOTO_VIEW = View(
+    (0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grayscale_p=0.2, blur_p=(0.5, 0.5)
+)
 OVERHEAD_VIEW = View((0.2, 1.0), flip_p=0.5, turn_p=0.5, jitter=(0.2, 0.2, 0.2, 0.05))
 SYMBOL_VIEW = View(rotate=10, shift=0.1, zoom=0.1, warp_p=0.5, jitter=(0.6, 0, 0, 0), noise=0.2)
-AUGMENT = dict(photo=[PHOTO_VIEW] * 2, overhead=[OVERHEAD_VIEW] * 2, symbol=[SYMBOL_VIEW] * 2)
+AUGMENT = dict(photo=PHOTO_VIEW, overhead=OVERHEAD_VIEW, symbol=SYMBOL_VIEW, none=View())
 
 
-def choose_views(augment, gray, image_size):
-    """The two View settings: without color ops on gray images, without blur up to 64 pixels."""
-    views = AUGMENT.get(augment, [View()] * 2)
+def choose_view(augment, gray, image_size):
+    """The View settings: without color ops on gray images, without blur up to 64 pixels."""
+    view = AUGMENT[augment]
     if gray:
-        views = [replace(v, jitter=(*v.jitter[:2], 0, 0), grayscale_p=0.0) for v in views]
-    if image_size <= 64:
-        # As in the paper's CIFAR-10 recipe.
-        views = [replace(v, blur_p=0.0) for v in views]
-    return views
+        view = replace(view, jitter=(*view.jitter[:2], 0, 0), grayscale_p=0.0)
+    # As in the paper's CIFAR-10 recipe.
+    return replace(view, blur_p=(0.0, 0.0)) if image_size <= 64 else view
 
 
 def uniform(x, low, high, *shape):
@@ -166,10 +167,11 @@ def crop_boxes(x, scale):
     area = height * width * uniform(x, *scale, n, 10)
     ratio = uniform(x, -math.log(4 / 3), math.log(4 / 3), n, 10).exp()
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    # An eleventh try that always fits: the whole image.
+    w, h = F.pad(w, (0, 1), value=width), F.pad(h, (0, 1), value=height)
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first, any_fits = fits.float().argmax(1, keepdim=True), fits.any(1, keepdim=True)
-    w = torch.where(any_fits, w.gather(1, first), width)
-    h = torch.where(any_fits, h.gather(1, first), height)
+    first = fits.float().argmax(1, keepdim=True)
+    w, h = w.gather(1, first), h.gather(1, first)
     top = uniform(x, 0, height - h + 1, n, 1).floor().clamp(max=height - h)
     left = uniform(x, 0, width - w + 1, n, 1).floor().clamp(max=width - w)
     return top, left, h, w
@@ -177,7 +179,10 @@ def crop_boxes(x, scale):
 
 def crop_resize(x, top, left, height, width, flip, size):
     """Crop a box of each image x [N, C, H, W], flip where `flip`, each [N, 1]; resize to `size`."""
-    centers = (torch.arange(size, device=x.device) + 0.5) / size
+    # Of images much larger than the view, the mean of several samples a pixel (antialiasing).
+    samples = max(1, round(x.shape[2] / size))
+    side = samples * size
+    centers = (torch.arange(side, device=x.device) + 0.5) / side
 
     def axis(start, length, full, positions):
         # Sampling positions in grid_sample's units, clamped to the pixels of the crop.
@@ -187,7 +192,8 @@ def crop_resize(x, top, left, height, width, flip, size):
     xs = axis(left, width, x.shape[3], torch.where(flip, 1 - centers, centers))
     ys = axis(top, height, x.shape[2], centers)
     grid = torch.stack(torch.broadcast_tensors(xs[:, None], ys[:, :, None]), dim=3)
-    return F.grid_sample(x, grid, align_corners=False)
+    x = F.grid_sample(x, grid, align_corners=False)
+    return F.avg_pool2d(x, samples) if samples > 1 else x
 
 
 def affine(x, degrees, shift_x, shift_y, zoom):
@@ -201,109 +207,130 @@ def affine(x, degrees, shift_x, shift_y, zoom):
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def to_grayscale(x):
-    """Luma [N, 1, H, W] of x [N, 3, H, W]; the mean of other channels."""
-    if x.shape[1] != 3:
-        return x.mean(1, keepdim=True)
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+def luma(x):
+    """Weights [C] of the channels of x [N, C, H, W] in its gray image; equal unless C is 3."""
+    channels = x.shape[1]
+    weights = [0.2989, 0.587, 0.114] if channels == 3 else [1 / channels] * channels
+    return torch.tensor(weights).to(x.device, non_blocking=True)
 
 
 def adjust_hue(x, shift):
     """Shift the hue of x [N, 3, H, W] by shift [N] turns of the color circle."""
     r, g, b = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    safe = chroma.where(chroma > 0, 1)
-    sector = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    sector = torch.where(value == r, (g - b) / safe, sector)
-    sector = (sector + 6 * shift.view(-1, 1, 1))[:, None]
-    # 5, 3, 1 for red, green, blue
-    k = sector + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
-    # k % 6, which is several times slower on a CPU
-    k = k - 6 * (k / 6).floor()
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    # Hue in sixths of the circle, first times chroma.
+    sixths = torch.add(r - g, chroma, alpha=4)
+    sixths = torch.where(value == g, torch.add(b - r, chroma, alpha=2), sixths)
+    sixths = torch.where(value == r, g - b, sixths).div_(chroma.clamp(min=1e-12))
+    # Distance of the new hue from red, green and blue, in turns.
+    turns = 1.5 + shift.view(-1, 1, 1, 1) - torch.arange(3, device=x.device).view(3, 1, 1) / 3
+    distance = torch.add(turns, sixths[:, None], alpha=1 / 6).frac_().sub_(0.5).abs_()
+    # Up to a sixth a channel has the full value, from a third on the lowest.
+    full = (value + chroma)[:, None]
+    return torch.addcmul(full, chroma[:, None], distance.clamp_(1 / 6, 1 / 3), value=-6)
 
 
 def color_jitter(x, factors, hue, order):
     """Brightness, contrast, saturation by factors [N, 3] in each image's order [N, 3], and hue [N].
 
-    Equals torchvision's functional ops one after the other. The first quarter of the images gets
-    the hue first, the last quarter last, so that this costly op runs once per image: pass the
-    images in random order.
+    Overwrites x. Equals torchvision's functional ops one after the other. The first quarter of the
+    images gets the hue first, the last quarter last, so that this costly op runs once per image:
+    pass the images in random order.
     """
-    x = x.clone()
-    for t in range(4):
-        if x.shape[1] == 3:
-            quarter = x.tensor_split(4)[t]
-            quarter.copy_(adjust_hue(quarter, hue.tensor_split(4)[t]))
-        if t < 3:
-            # Blend with black (op 0), mean gray (1) or gray (2).
-            op, gray = order[:, t].view(-1, 1, 1, 1), to_grayscale(x)
-            base = (op == 1) * gray.mean((2, 3), keepdim=True) + (op == 2) * gray
-            factor = factors.gather(1, order[:, t : t + 1]).view(-1, 1, 1, 1)
-            x = torch.lerp(base, x, factor).clamp_(0, 1)
+    n, weights = len(x), luma(x)
+    cuts = [n * i // 4 for i in (1, 2, 3)]
+    # Blends with black (op 0), the mean gray (1) or gray (2): x -> matrix x + to_mean mean(x).
+    order, factors = order[..., None, None], factors.gather(1, order)[..., None, None]
+    to_mean = (1 - factors) * (order == 1) * weights[:, None]
+    eye = torch.eye(len(weights), device=x.device)
+    matrices = torch.lerp((order == 2) * weights, eye, factors)
+
+    def blend(t, rows):
+        part = x[rows]
+        mean = part.mean((2, 3))[:, None] @ to_mean[rows, t]
+        blended = torch.baddbmm(mean, matrices[rows, t], part.flatten(2)).view_as(part)
+        torch.clamp(blended, 0, 1, out=part)
+
+    for t, cut in enumerate(cuts):
+        blend(t, slice(cut, n))
+    if len(weights) == 3:
+        x = adjust_hue(x, hue)
+    for t, cut in enumerate(cuts):
+        blend(t, slice(0, cut))
     return x
 
 
 def gaussian_blur(x, sigma, size):
     """Blur x [N, C, H, W] by a Gaussian of sigma [N] pixels and `size` taps (odd)."""
     taps = torch.arange(size, device=x.device) - size // 2
-    weights = (-0.5 * (taps / sigma[:, None]) ** 2).softmax(1).view(-1, size, 1, 1, 1)
-    height, width = x.shape[2:]
-    x = F.pad(x, [size // 2] * 4, mode="reflect")
-    x = sum(weights[:, i] * x[:, :, i : i + height] for i in range(size))
-    return sum(weights[:, i] * x[:, :, :, i : i + width] for i in range(size))
+    weights = (-0.5 * (taps / sigma[:, None]) ** 2).softmax(1)
+    # Each channel of each image has its own filter, first along columns, then along rows.
+    filters = weights.repeat_interleave(x.shape[1], 0)[:, None, :, None]
+    padded = F.pad(x, [size // 2] * 4, mode="reflect").flatten(0, 1)[None]
+    blurred = F.conv2d(padded, filters, groups=len(filters))
+    return F.conv2d(blurred, filters.mT, groups=len(filters)).view_as(x)
 
 
 def augment(images, view, size):
-    """One random view [N, 3, size, size] in [0, 1] of uint8 images [N, 3, H, W]."""
-    n = len(images)
-    # Random order, as color_jitter needs it; undone at the end.
-    shuffle = uniform(images, 0, 1, n).argsort()
-    x = images[shuffle].float() / 255
+    """Two random views of uint8 images [N, C, H, W]: float32 [2, N, C, size, size] in [0, 1]."""
+    n, m = len(images), 2 * len(images)
+    # All 2N views in one batch, in random order as color_jitter needs it; undone at the end.
+    order = torch.rand(m, device=images.device).argsort()
+    x = images[order % n] / 255
 
-    def chosen(p, *shape):
-        return uniform(x, 0, 1, n, *shape) < p
+    def chosen(p):
+        # p: of all views, or of the first and the second.
+        p = torch.where(order < n, *p) if isinstance(p, tuple) else p
+        return (torch.rand(m, device=x.device) < p).view(m, 1, 1, 1)
 
     if view.crop != (1.0, 1.0) or view.flip_p or (size, size) != x.shape[2:]:
-        x = crop_resize(x, *crop_boxes(x, view.crop), chosen(view.flip_p, 1), size)
+        x = crop_resize(x, *crop_boxes(x, view.crop), chosen(view.flip_p).flatten(1), size)
     if view.turn_p:
-        x = torch.where(chosen(view.turn_p, 1, 1, 1), x.flip(2), x)
-        x = torch.where(chosen(view.turn_p, 1, 1, 1), x.mT, x)
+        x = torch.where(chosen(view.turn_p), x.flip(2), x)
+        x = torch.where(chosen(view.turn_p), x.mT, x)
     if view.warp_p:
-        degrees, dx, dy, zoom = (uniform(x, -1, 1, n, 4) * chosen(view.warp_p, 1)).T
+        degrees, dx, dy, zoom = (uniform(x, -1, 1, m, 4) * chosen(view.warp_p).flatten(1)).T
         x = affine(x, view.rotate * degrees, view.shift * dx, view.shift * dy, 1 + view.zoom * zoom)
     if any(view.jitter):
-        change = torch.stack([uniform(x, -most, most, n) for most in view.jitter], dim=1)
-        change = change * chosen(view.jitter_p, 1)
-        order = uniform(x, 0, 1, n, 3).argsort(1)
-        x = color_jitter(x, (1 + change[:, :3]).clamp(min=0), change[:, 3], order)
+        change = torch.stack([uniform(x, -most, most, m) for most in view.jitter], dim=1)
+        change = change * chosen(view.jitter_p).flatten(1)
+        ops = uniform(x, 0, 1, m, 3).argsort(1)
+        x = color_jitter(x, (1 + change[:, :3]).clamp(min=0), change[:, 3], ops)
     if view.grayscale_p:
-        x = torch.where(chosen(view.grayscale_p, 1, 1, 1), to_grayscale(x), x)
-    if view.blur_p:
-        # A tenth of the side, odd.
-        blurred = gaussian_blur(x, uniform(x, 0.1, 2.0, n), max(3, 2 * (size // 20) + 1))
-        x = torch.where(chosen(view.blur_p, 1, 1, 1), blurred, x)
-    if view.solarize_p and x.shape[1] == 3:
-        x = torch.where(chosen(view.solarize_p, 1, 1, 1) & (x >= 0.5), 1 - x, x)
+        eye = torch.eye(x.shape[1], device=x.device)
+        mix = torch.where(chosen(view.grayscale_p).flatten(2), luma(x), eye)
+        x = (mix @ x.flatten(2)).view_as(x)
+    if any(view.blur_p):
+        # A sigma of almost zero changes nothing. The filter is a tenth of the side, odd.
+        sigma = torch.where(chosen(view.blur_p).flatten(), uniform(x, 0.1, 2.0, m), 1e-3)
+        x = gaussian_blur(x, sigma, max(3, 2 * (size // 20) + 1))
+    if any(view.solarize_p) and x.shape[1] == 3:
+        # Inverts what is above a half.
+        limit = torch.where(chosen(view.solarize_p), 1.0, 2.0)
+        x = torch.minimum(x, limit - x)
     if view.noise:
         # The same in all channels.
-        noise = uniform(x, 0, view.noise, n, 1, 1, 1) * torch.randn_like(x[:, :1])
-        x = (x + noise).clamp(0, 1)
-    return x[shuffle.argsort()]
+        noise = uniform(x, 0, view.noise, m, 1, 1, 1) * torch.randn_like(x[:, :1])
+        x = (x + noise).clamp_(0, 1)
+    return x[order.argsort()].unflatten(0, (2, n))
 
 
 @torch.no_grad()
-def two_views(images, views=AUGMENT["photo"], size=None, mean=0.0, std=1.0):
+def two_views(images, view=PHOTO_VIEW, size=None, mean=0.0, std=1.0):
     """Two random views v1, v2 of uint8 images [N, 3, H, W]: float32 [N, 3, size, size].
 
     Values are (view in [0, 1] - mean) / std. Every image draws its own parameters.
     """
-    size = size or images.shape[2]
+    n, channels, height = images.shape[:3]
+    size = size or height
     # On a CPU small chunks stay in its cache; on a GPU one large chunk launches fewer kernels.
-    chunk = max(16, 131072 // size**2) if images.device.type == "cpu" else len(images)
-    parts = images.split(chunk)
-    v1, v2 = (torch.cat([augment(part, view, size) for part in parts]) for view in views)
-    return [((v - mean) / std).contiguous(memory_format=torch.channels_last) for v in (v1, v2)]
+    chunks = math.ceil(n * size**2 / 65536) if images.device.type == "cpu" else 1
+    # Channels last.
+    pair = torch.empty(2, n, size, size, channels, device=images.device).movedim(4, 2)
+    for part, out in zip(images.chunk(chunks), pair.chunk(chunks, dim=1)):
+        torch.sub(augment(part, view, size), mean, out=out).div_(std)
+    return pair.unbind()
 
 
 # ---------------------------------------------------------------- network and loss
@@ -390,6 +417,8 @@ def train_step(
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    # One cast for all forwards.
+    v1, v2 = v1.to(dtype=amp_dtype), v2.to(dtype=amp_dtype)
     with torch.autocast(v1.device.type, amp_dtype, enabled=amp_dtype is not None):
         z1, z2 = network(v1, v2)
     loss = info_nce(gather(z1), gather(z2), temperature)
@@ -410,7 +439,7 @@ def main(args):
     device, amp_dtype = common.set_up(args)
     images = common.load_images(**common.image_args(args), device=device)
     args = common.resolve(given, RECIPES, len(images.train))
-    views = choose_views(args.augment, images.gray, images.size)
+    view = choose_view(args.augment, images.gray, images.size)
 
     common.seed_draws(args.seed, "weights")
     # With --init, the weights and images.mean and images.std are those of that encoder.
@@ -423,13 +452,13 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
     # Loads the checkpoint in --run-dir, if any, into network, optimizer and scaler.
-    run = common.Run("simclr", args, images, views, encoder, network, optimizer, scaler)
-    run.draw_views(lambda batch: two_views(batch, views, images.size))
+    run = common.Run("simclr", args, images, view, encoder, network, optimizer, scaler)
+    run.draw_views(lambda batch: two_views(batch, view, images.size))
     # The network in DistributedDataParallel (several processes) and torch.compile.
     model = common.distribute(network, device, args.compile)
     for step, batch in run.batches():
         common.seed_draws(args.seed, "views", step)
-        v1, v2 = two_views(batch, views, images.size, images.mean, images.std)
+        v1, v2 = two_views(batch, view, images.size, images.mean, images.std)
         lr = learning_rate(step, run.steps, run.warmup_steps, args.lr)
         loss, z1 = train_step(
             model, optimizer, scaler, v1, v2, lr, args.temperature, amp_dtype, common.gather

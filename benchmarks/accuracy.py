@@ -35,8 +35,7 @@ sys.path.insert(0, str(ROOT))
 import common
 
 SHORT = shlex.split(
-    "--encoder resnet10 --width 16 --hidden-dim 512 --projection-dim 128 --batch-size 128 "
-    "--lr 0.06 --warmup-epochs 0.5 --eval-every 0 --epochs 5"
+    "--encoder resnet10 --width 16 --batch-size 128 --warmup-epochs 0.5 --eval-every 0 --epochs 5"
 )
 SETS = {
     "digits": [],
@@ -115,19 +114,22 @@ def train_and_evaluate(script, flags, folder, *options):
     return results
 
 
+def means(table):
+    """{k, or labels per class: mean accuracy} of a table of knn.json."""
+    return {n: round(float(np.mean(draws)), 6) for n, draws in table.items()}
+
+
 def record(output, result, **line):
     """Append a result of knn.json as one line."""
-    tables = result["tables"]
     line |= {key: result[key] for key in ("n_train", "n_test", "k", "effective_rank")}
+    tables = {name: means(table) for name, table in result["tables"].items() if table}
     line["accuracy_at_chosen_k"] = tables["knn"].pop("chosen k")
-    line["accuracy"] = {k: round(value, 6) for k, value in tables["knn"].items()}
-    for name in {"labels", "probe"} & set(tables):
-        line[name] = {n: round(float(np.mean(draws)), 6) for n, draws in tables[name].items()}
+    line |= dict(accuracy=tables.pop("knn"), **tables)
     with open(output, "a") as file:
         file.write(json.dumps(line | result["facts"]) + "\n")
-    shown = f"{line['data']} {line['name']} seed {line['seed']}: 1 label a class"
-    few, all_labels = 100 * line["labels"]["1"], 100 * line["accuracy_at_chosen_k"]
-    print(f"{shown} {few:.2f} %, all {all_labels:.2f} %", flush=True)
+    few, full = line["labels"]["1"], line["accuracy_at_chosen_k"]
+    shown = f"1 label a class {100 * few:.2f} %, all {100 * full:.2f} %"
+    print(f"{line['data']} {line['name']} seed {line['seed']}: {shown}", flush=True)
 
 
 def recorded(output, *keys):

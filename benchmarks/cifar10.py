@@ -15,7 +15,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from accuracy import ROOT, record, recorded, train_and_evaluate
+from accuracy import ROOT, means, record, recorded, train_and_evaluate
 
 import common
 
@@ -64,7 +64,8 @@ def main(args):
         keys = ("epoch", "loss", "seconds", "knn_acc", "effective_rank")
         log = [json.loads(line) for line in Path(folder, "run/log.jsonl").open()]
         line = dict(curve=[{key: row[key] for key in keys if key in row} for row in log])
-        line |= dict(whitened=whitened["tables"], command=shlex.join(["python", script, *flags]))
+        line |= {f"whitened_{name}": means(t) for name, t in whitened["tables"].items()}
+        line |= dict(command=shlex.join(["python", script, *flags]))
         record(output, knn, data=data, name=name, seed=seed, **line)
 
 

@@ -99,7 +99,12 @@ def ours(folder, inputs):
     """The parts in the files of a folder: functions by name."""
     simclr, byol, barlow_twins = (load(folder, f) for f in ("simclr", "byol", "barlow_twins"))
     (z1, z2), images, networks = inputs
-    plain, blurred = ([replace(simclr.PHOTO_VIEW, blur_p=p)] * 2 for p in (0.0, 0.5))
+    blurred = simclr.AUGMENT["photo"]
+    if isinstance(blurred, list):
+        # Older versions had a View for each of the two.
+        plain = [replace(view, blur_p=0.0) for view in blurred]
+    else:
+        plain = replace(blurred, blur_p=(0.0, 0.0))
     return {
         "info_nce": lambda: simclr.info_nce(z1, z2, 0.5).backward(),
         "barlow_twins_loss": lambda: barlow_twins.barlow_twins_loss(z1, z2, 0.0051).backward(),

@@ -15,6 +15,7 @@ from statistics import mean
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -123,6 +124,74 @@ def init():
             name = line["name"].replace(" --epochs 2", "").replace("simclr", "trained")
             lines.append([name, *(f"{100 * cell:.1f}" for cell in cells)])
     return rows(["", "kNN", "whitened", "10 labels a class"], lines)
+
+
+def lines_of(name):
+    """The lines of a recorded file; none before the first run."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.open()] if path.exists() else []
+
+
+def verdict(differences):
+    """Mean, 95 % t-interval and conclusion of differences in points, a seed each."""
+    n, center, sem = len(differences), mean(differences), stats.sem(differences)
+    half, narrow = (stats.t.ppf(p, n - 1) * sem for p in (0.975, 0.95))
+    word = "better" if center > half else "worse" if center < -half else "undecided"
+    if abs(center) + narrow < 1:
+        word = "equal"
+    return [f"{center:+.1f} ({center - half:+.1f} to {center + half:+.1f})", word]
+
+
+def versus_lightly():
+    """Differences to lightly by method and side, paired by seed."""
+    found, lines = {}, []
+    for line in lines_of("versus-lightly-cpu"):
+        found.setdefault((line["method"], line["side"]), {})[line["seed"]] = line
+    for (method, side), runs in sorted(found.items(), key=lambda item: item[0][1]):
+        theirs = found.get((method, "lightly"), {})
+        seeds = sorted(runs.keys() & theirs.keys())
+        if side in ("arm A", "arm B", "bug") and len(seeds) > 1:
+            cells = [f"{mean(run[seed]['k20'] for seed in seeds):.1f}" for run in (runs, theirs)]
+            pairs = [[runs[s][k] - theirs[s][k] for s in seeds] for k in ("k20", "k200")]
+            more = verdict(pairs[0]), verdict(pairs[1])
+            lines.append([side, COLUMNS[method], *cells, *more[0], more[1][0], len(seeds)])
+    header = ["", "", "ours", "lightly", "difference", "", "with k = 200", "seeds"]
+    return rows(header, lines)
+
+
+def cifar10():
+    """CIFAR-10 in full on two CPU cores: a line per method."""
+    lines, runs = [], {}
+    for line in lines_of("cifar10-cpu"):
+        runs.setdefault(line["name"], []).append(line)
+    for name, found in runs.items():
+        cells = [[line["accuracy_at_chosen_k"] for line in found]]
+        cells.append([line.get("whitened_knn", {}).get("chosen k") for line in found])
+        cells.append([line["probe"]["all"] for line in found])
+        cells += [[line["labels"][n] for line in found] for n in ("1", "10", "100")]
+        shown = (f"{100 * mean(cell):.1f}" if cell[0] else "" for cell in cells)
+        minutes = mean(
+            sum(row.get("seconds", 0) for row in line.get("curve", ())) for line in found
+        )
+        lines.append([COLUMNS[name], *shown, f"{minutes / 60:.0f}" if minutes else "", len(found)])
+    header = ["", "kNN", "whitened", "linear", "1 label", "10 labels", "100 labels"]
+    return rows([*header, "minutes", "seeds"], lines)
+
+
+def draw_training(path):
+    """Loss, kNN accuracy and effective rank over the epochs of the runs of cifar10()."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 3), ("loss", "knn_acc", "effective_rank")):
+        for line in lines_of("cifar10-cpu"):
+            rows = [row for row in line.get("curve", ()) if key in row and row["epoch"]]
+            if rows and line["seed"] == 1:
+                ys = [row[key] / (rows[0][key] if key == "loss" else 1) for row in rows]
+                axes.plot([row["epoch"] for row in rows], ys, label=COLUMNS[line["name"]])
+        title = dict(loss="loss / loss of the first epoch", knn_acc="kNN accuracy, k = 20")
+        axes.set(xlabel="epoch", title=title.get(key, "effective rank"))
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Source": digest(path.stem)})
 
 
 def draw(name, path):

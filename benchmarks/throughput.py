@@ -89,7 +89,7 @@ class Step:
         self.device, self.amp_dtype = common.set_up(args)
         self.images, self.fresh_views, self.train = images.to(self.device), fresh_views, train
         size = images.shape[2]
-        self.views = self.module.choose_views(args.augment, False, size)
+        self.view = self.module.choose_view(args.augment, False, size)
         encoder, feature_dim = common.build_encoder(args.encoder, size, args.width)
         network_class = next(
             v for v in vars(self.module).values() if inspect.isclass(v) and issubclass(v, nn.Module)
@@ -108,7 +108,7 @@ class Step:
 
     def draw(self):
         rows = torch.randint(len(self.images), (self.args.batch_size,), device=self.device)
-        return self.module.two_views(self.images[rows], self.views, None, 0.5, 0.25)
+        return self.module.two_views(self.images[rows], self.view, None, 0.5, 0.25)
 
     def run(self, steps):
         for _ in range(steps):
@@ -131,16 +131,16 @@ class PilImages(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[i]))
 
 
-def lightly_transform(views, size, mean, std):
-    """lightly's transform of PIL images with the parameters of a method file's two views."""
+def lightly_transform(view, size, mean, std):
+    """lightly's transform of PIL images with the parameters of a View of a method file."""
     from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform
 
     transforms = []
-    for view in views:
+    for blur_p, solarize_p in zip(view.blur_p, view.solarize_p):
         names = ("cj_bright", "cj_contrast", "cj_sat", "cj_hue")
         options = dict(zip(names, view.jitter), cj_prob=view.jitter_p, cj_strength=1.0)
-        options |= dict(random_gray_scale=view.grayscale_p, gaussian_blur=view.blur_p)
-        options |= dict(solarization_prob=view.solarize_p, hf_prob=view.flip_p)
+        options |= dict(random_gray_scale=view.grayscale_p, gaussian_blur=blur_p)
+        options |= dict(solarization_prob=solarize_p, hf_prob=view.flip_p)
         options |= dict(input_size=size, min_scale=view.crop[0])
         transforms.append(BYOLView1Transform(**options, normalize=dict(mean=mean, std=std)))
     return BYOLTransform(*transforms)
@@ -165,7 +165,7 @@ class Lightly(Step):
 
     def __init__(self, method, args, images, tuned):
         super().__init__(method, args, images)
-        transform = lightly_transform(self.views, images.shape[2], [0.5] * 3, [0.25] * 3)
+        transform = lightly_transform(self.view, images.shape[2], [0.5] * 3, [0.25] * 3)
         workers = len(os.sched_getaffinity(0)) if tuned else 8
         more = dict(persistent_workers=tuned, pin_memory=tuned and self.device.type == "cuda")
         more |= dict(shuffle=True, drop_last=True, num_workers=workers)

@@ -85,14 +85,13 @@ def start(method, seed):
     return encoder, heads.ProjectionHead(blocks), None
 
 
-def views_of(method):
-    """The two View settings of lightly's recipe."""
+def view_of(method):
+    """The views of lightly's recipe."""
     view = importlib.import_module(method).View
     base = dict(crop=(0.08, 1.0), flip_p=0.5, grayscale_p=0.2)
     if method == "simclr":
-        return [view(jitter=(0.4, 0.4, 0.4, 0.1), **base)] * 2
-    jitter = 0.4, 0.4, 0.2, 0.1
-    return [view(jitter=jitter, **base), view(jitter=jitter, solarize_p=0.2, **base)]
+        return view(jitter=(0.4, 0.4, 0.4, 0.1), **base)
+    return view(jitter=(0.4, 0.4, 0.2, 0.1), solarize_p=(0.0, 0.2), **base)
 
 
 def optimizer_for(network, scale=1):
@@ -156,7 +155,7 @@ def our_side(method, seed, bug=False):
 def lightly_pairs(method, seed, images):
     """A function of the epoch that yields its pairs of views by lightly's transform."""
     normalize = images.mean.flatten().tolist(), images.std.flatten().tolist()
-    dataset = PilImages(images.train, lightly_transform(views_of(method), 32, *normalize))
+    dataset = PilImages(images.train, lightly_transform(view_of(method), 32, *normalize))
     loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, drop_last=True)
     # lightly's own random ops draw from NumPy.
     np.random.seed(seed)
@@ -166,11 +165,11 @@ def lightly_pairs(method, seed, images):
 
 def our_pairs(method, seed, images):
     """A function of the epoch that yields its pairs of views by our two_views."""
-    two_views, views = importlib.import_module(method).two_views, views_of(method)
+    two_views, view = importlib.import_module(method).two_views, view_of(method)
 
     def pairs(epoch):
         for rows in common.epoch_order(len(images.train), BATCH, seed, epoch):
-            yield two_views(images.train[rows], views, 32, images.mean, images.std)
+            yield two_views(images.train[rows], view, 32, images.mean, images.std)
 
     return pairs
 

@@ -74,9 +74,8 @@ def photos():
 OPS = {
     "crop_resize": lambda x, p: (x, *(8 * p.abs() + 8).split(1, 1), p[:, :1] > 0, 24),
     "affine": lambda x, p: (x, 30 * p[:, 0], p[:, 1] / 5, p[:, 2] / 5, 1 + p[:, 3] / 5),
-    "to_grayscale": lambda x, p: (x,),
     "adjust_hue": lambda x, p: (x, p[:, 0] / 2),
-    "color_jitter": lambda x, p: (x, 1 + p[:, :3], p[:, 3] / 2, p[:, :3].argsort(1)),
+    "color_jitter": lambda x, p: (x.clone(), 1 + p[:, :3], p[:, 3] / 2, p[:, :3].argsort(1)),
     "gaussian_blur": lambda x, p: (x, 1.05 + 0.95 * p[:, 0], 5),
 }
 
