@@ -184,7 +184,8 @@ def seed_draws(seed, purpose, step=0):
 
     purpose: "weights" or "picture", the same on every rank, or "views", each rank its own.
     """
-    stream = {"weights": 1, "picture": 2, "views": RANK and RANK + 2}[purpose]
+    # Not 0: that is the stream of epoch_order.
+    stream = {"weights": 1, "picture": 2, "views": RANK + 3}[purpose]
     state = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))
 
