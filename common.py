@@ -167,6 +167,7 @@ def set_up(args):
         native = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bf16" if native else "fp16" if cuda else "fp32"
     check(cuda or precision != "fp16", f"--precision fp16 needs --device cuda, not {device.type}")
+    torch.backends.cudnn.benchmark = not args.deterministic
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     if args.deterministic:
         # cuBLAS reads it when it starts.

@@ -61,8 +61,10 @@ class Count(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if not function.is_view and name not in FREE:
-            inputs = {key: value for key, value in (kwargs or {}).items() if key != "out"}
-            tensors = [t for t in tree_leaves([args, inputs, result]) if torch.is_tensor(t)]
+            # What is only written counts once.
+            inputs = [value for key, value in (kwargs or {}).items() if key != "out"]
+            inputs += args[1:] if name == "copy_" else args
+            tensors = [t for t in tree_leaves([inputs, result]) if torch.is_tensor(t)]
             # An operator on a list of tensors, as of the optimizer, is one kernel.
             self.kernels[name] += 1
             self.bytes[name] += sum(map(size_of, tensors))

@@ -309,10 +309,16 @@ def test_train_step_equals_a_step_by_hand(method, amp_dtype):
     torch.testing.assert_close(network.state_dict(), twin.state_dict())
 
 
-def test_augment_is_one_graph():
-    """Compiled with fullgraph, in every op: the host never waits."""
-    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
-    one_graph(lambda x: simclr.augment(x, VIEW, 12))(images)
+@pytest.mark.parametrize("size", [12, 96])
+def test_two_views_are_one_graph_for_all_batches(size):
+    """Compiled with fullgraph, in every op, once: the host never waits."""
+    torch._dynamo.utils.counters.clear()
+    compiled, mean = one_graph(simclr.two_views), torch.rand(3, 1, 1)
+    for _ in range(3):
+        images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+        v1, v2 = compiled(images, VIEW, size, mean, 1 + mean)
+        assert v1.shape == (8, 3, size, size) and not torch.equal(v1, v2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_network_and_spread_are_one_graph(method):
@@ -321,6 +327,17 @@ def test_network_and_spread_are_one_graph(method):
     expected, found = network(*views), one_graph(network)(*views)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(one_graph(common.spread)(found[0]), common.spread(found[0]))
+
+
+def test_train_step_compiles_the_network_once(method):
+    """Another batch, learning rate, temperature, EMA or lambda compiles nothing again."""
+    torch._dynamo.utils.counters.clear()
+    network, values = build(method), own(method)
+    compiled, optimizer = one_graph(network), method.make_optimizer(network, 0.1)
+    for i in range(1, 4):
+        settings = {name: value / i for name, value in values.items()}
+        method.train_step(compiled, optimizer, SCALER, *draw(), 0.1 / i, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
