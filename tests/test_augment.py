@@ -282,3 +282,19 @@ def test_size_of_views(photos, augment, size):
     for v in simclr.two_views(photos, simclr.choose_view(augment, False, size), size):
         assert v.shape == (N, 3, size, size)
         assert v.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("factor", [1.5, 2, 3, 4])
+def test_crops_of_larger_images_are_antialiased(factor):
+    """Nearly as sharp as torchvision's antialiased crops; without, 1.1 to 1.6 times sharper."""
+    x = torch.stack([torch.tensor(p).permute(2, 0, 1) for p in load_sample_images().images])
+    x = x[..., :384, :384].repeat(20, 1, 1, 1) / 255
+    box, size = simclr.crop_boxes(x, (0.2, 1.0)), [round(384 / factor)] * 2
+    found = simclr.crop_resize(x, *box, torch.zeros(40, 1, dtype=torch.bool), size[0])
+    crops = [TF.crop(image, *map(int, row)) for image, *row in zip(x, *box)]
+    antialiased, plain = (
+        torch.stack([TF.resize(crop, size, antialias=yes) for crop in crops])
+        for yes in (True, False)
+    )
+    sharpness, least, most = (v.diff().abs().mean() for v in (found, antialiased, plain))
+    assert 0.9 < sharpness / least < 1.2 and sharpness - least < (most - least) / 2
