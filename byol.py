@@ -73,7 +73,7 @@ class Args:
     """channels of the encoder's first stage (64 is torchvision's)"""
     # method
     ema: float | None = None
-    """decay of the target network, at the start if it rises"""
+    """decay of the target network, at the start if it rises (unset: higher in longer runs)"""
     ema_schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: the decay rises to 1 over the run, as in the paper; constant: it stays"""
     hidden_dim: int | None = None
@@ -103,7 +103,7 @@ class Args:
 
 
 PHOTO = dict(augment="photo", encoder="resnet18", width=64,
-             ema=0.97, hidden_dim=1024, projection_dim=256, projection_layers=2,
+             ema=None, hidden_dim=1024, projection_dim=256, projection_layers=2,
              epochs=200, batch_size=512, lr=0.48, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
 SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32, ema=0.9,
               epochs=42, batch_size=64, lr=0.1, weight_decay=5e-4, warmup_epochs=5)  # fmt: skip
@@ -416,6 +416,11 @@ def learning_rate(step, steps, warmup_steps, lr):
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def default_ema(steps):
+    """The target's decay for a run of so many steps: it averages over about a 300th of them."""
+    return min(0.996, max(0.9, 1 - 300 / max(1, steps)))
+
+
 def ema_at(step, steps, ema, schedule):
     """The target's decay at a step: from ema to 1 by cosine, as in the paper, or constant."""
     if schedule == "constant":
@@ -465,10 +470,13 @@ def main(args):
 
     # Mistakes in flags show before the images are read, whose number then fills unset flags.
     given, args = args, common.resolve(args, RECIPES)
-    common.check(0 <= args.ema <= 1, f"--ema {args.ema} must be from 0 to 1")
+    common.check(0 <= (args.ema or 0) <= 1, f"--ema {args.ema} must be from 0 to 1")
     device, amp_dtype = common.set_up(args)
     images = common.load_images(**common.image_args(args), device=device)
     args = common.resolve(given, RECIPES, len(images.train))
+    if args.ema is None:
+        steps = args.epochs * len(images.train) // args.batch_size
+        args = replace(args, ema=default_ema(steps))
     view = choose_view(args.augment, images.gray, images.size)
 
     common.seed_draws(args.seed, "weights")

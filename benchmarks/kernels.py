@@ -100,7 +100,9 @@ def parts_of(method, size, args):
     names = dict(simclr="SimCLR", byol="BYOL", barlow_twins="BarlowTwins")
     heads = flags.hidden_dim, flags.projection_dim, flags.projection_layers
     known = inspect.signature(module.train_step).parameters.keys() & vars(flags).keys() - {"lr"}
-    options = {name: getattr(flags, name) for name in known} | dict(amp_dtype=torch.bfloat16)
+    options = {name: getattr(flags, name) or 0.99 for name in known} | dict(
+        amp_dtype=torch.bfloat16
+    )
     encoder, dim = common.build_encoder(args.encoder, size, 64)
     network = getattr(module, names[method])(encoder, dim, *heads)
     optimizer, scaler = module.make_optimizer(network, 1e-4), torch.amp.GradScaler(enabled=False)

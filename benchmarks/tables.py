@@ -159,41 +159,6 @@ def versus_lightly():
     return rows(header, lines)
 
 
-def cifar10():
-    """CIFAR-10 in full on two CPU cores: a line per method."""
-    lines, runs = [], {}
-    for line in lines_of("cifar10-cpu"):
-        runs.setdefault(line["name"], []).append(line)
-    for name, found in runs.items():
-        cells = [[line["accuracy_at_chosen_k"] for line in found]]
-        cells.append([line.get("whitened_knn", {}).get("chosen k") for line in found])
-        cells.append([line["probe"]["all"] for line in found])
-        cells += [[line["labels"][n] for line in found] for n in ("1", "10", "100")]
-        shown = (f"{100 * mean(cell):.1f}" if cell[0] else "" for cell in cells)
-        minutes = mean(
-            sum(row.get("seconds", 0) for row in line.get("curve", ())) for line in found
-        )
-        lines.append([COLUMNS[name], *shown, f"{minutes / 60:.0f}" if minutes else "", len(found)])
-    header = ["", "kNN", "whitened", "linear", "1 label", "10 labels", "100 labels"]
-    return rows([*header, "minutes", "seeds"], lines)
-
-
-def draw_training(path):
-    """Loss, kNN accuracy and effective rank over the epochs of the runs of cifar10()."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 3), ("loss", "knn_acc", "effective_rank")):
-        for line in lines_of("cifar10-cpu"):
-            rows = [row for row in line.get("curve", ()) if key in row and row["epoch"]]
-            if rows and line["seed"] == 1:
-                ys = [row[key] / (rows[0][key] if key == "loss" else 1) for row in rows]
-                axes.plot([row["epoch"] for row in rows], ys, label=COLUMNS[line["name"]])
-        title = dict(loss="loss / loss of the first epoch", knn_acc="kNN accuracy, k = 20")
-        axes.set(xlabel="epoch", title=title.get(key, "effective rank"))
-        axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Source": digest(path.stem)})
-
-
 def draw(name, path):
     """Plot a sweep, from the lowest to the highest seed; the file carries the data's digest."""
     data, key = PLOTS[name][:2]
@@ -243,6 +208,22 @@ def ops():
     return rows(["part", "times faster (range)"], lines)
 
 
+def kernels():
+    """Kernels and bytes of the views and of a step, before and after."""
+    before, now = (
+        {(x["method"], x["size"], x["part"]): x for x in load(name)["lines"]}
+        for name in ("kernels-before", "kernels")
+    )
+    lines = []
+    for (method, size, part), line in now.items():
+        if part in ("two_views", "train_step"):
+            pair = before[method, size, part], line
+            cells = [" → ".join(str(x["kernels"]) for x in pair)]
+            cells.append(" → ".join(f"{x['gb']:.2f}" for x in pair))
+            lines.append([COLUMNS[method], f"{size} px", f"`{part}`", *cells])
+    return rows(["", "", "", "kernels", "GB moved"], lines)
+
+
 def throughput(name, titles):
     """Ratios of samples per second in one file of benchmarks/throughput.py."""
     methods, lines = load(name)["methods"], []
@@ -281,7 +262,8 @@ def on_paper():
 def render(text):
     """A README with all tables between their marks made from the recorded files."""
     tables = dict(digits_labels=digits_labels, whitened=whitened, init=init, ops=ops)
-    tables |= dict(folders=folders, on_paper=on_paper)
+    tables |= dict(folders=folders, on_paper=on_paper, kernels=kernels)
+    tables |= dict(versus_lightly=versus_lightly)
     tables["throughput"] = lambda: throughput("throughput-cpu-bf16", STEP)
     tables["lightly"] = lambda: throughput("throughput-cpu", LIGHTLY)
     tables |= {data: lambda data=data: sweep(data) for data in SETS}

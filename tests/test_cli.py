@@ -255,3 +255,11 @@ def test_notebook_ignores_the_argv_of_its_kernel(monkeypatch, argv, epochs):
     monkeypatch.setattr(sys, "argv", argv.split())
     common.cli(simclr.Args, seen.append, simclr.RECIPES)
     assert seen == [simclr.Args(epochs=epochs)]
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_note_on_a_cpu_with_bf16_matrix_units(monkeypatch, capsys, units):
+    """--precision auto stays float32 on a CPU, and names bf16 where it is fast."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
+    _, amp_dtype = common.set_up(common.resolve(simclr.Args(device="cpu"), simclr.RECIPES))
+    assert amp_dtype is None and ("--precision bf16" in capsys.readouterr().out) == units
