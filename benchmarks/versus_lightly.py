@@ -16,7 +16,8 @@ arm A also from the same heads.
 - arm B: our own recipe, `python METHOD.py` with the encoder, batch size and epochs above.
 - Controls: the untrained encoder, raw pixels, shuffled labels (of arm A's features), and a bug
   planted in arm A that the protocol must notice: BYOL without predictor, Barlow Twins with
-  lambda 0. Also recorded: how far three updates of both sides on the same views are apart.
+  lambda 0. Also recorded: how far three updates of both sides on the same views are apart, which
+  shows SimCLR's single forward over both views (lightly has one for each).
 
 The result is the mean difference over at least 5 seeds with its 95 % t-interval. A method is
 "equal" only if the 90 % interval lies within 1 point of zero, which is the two one-sided tests'
