@@ -218,7 +218,8 @@ def luma(x):
     """Weights [C] of the channels of x [N, C, H, W] in its gray image; equal unless C is 3."""
     channels = x.shape[1]
     weights = [0.2989, 0.587, 0.114] if channels == 3 else [1 / channels] * channels
-    return torch.tensor(weights).to(x.device, non_blocking=True)
+    # Filled on the device: a copy from the host could wait.
+    return torch.stack([torch.full((), weight, device=x.device) for weight in weights])
 
 
 def adjust_hue(x, shift):
@@ -259,10 +260,12 @@ def color_jitter(x, factors, hue, order):
         blended = torch.baddbmm(mean, matrices[rows, t], part.flatten(2)).view_as(part)
         torch.clamp(blended, 0, 1, out=part)
 
+    # Blends before the hue: of all but the first quarter, of the last two, of the last.
     for t, cut in enumerate(cuts):
         blend(t, slice(cut, n))
     if len(weights) == 3:
         x = adjust_hue(x, hue)
+    # After it: of the first quarter, of the first two, of all but the last.
     for t, cut in enumerate(cuts):
         blend(t, slice(0, cut))
     return x
@@ -362,7 +365,7 @@ class BarlowTwins(nn.Module):
     """Any encoder from images to features h [N, feature_dim], and a projector from h to z."""
 
     def __init__(
-        self, encoder, feature_dim, hidden_dim=2048, projection_dim=2048, projection_layers=3
+        self, encoder, feature_dim, hidden_dim=512, projection_dim=128, projection_layers=3
     ):
         super().__init__()
         self.encoder = encoder

@@ -219,7 +219,8 @@ def luma(x):
     """Weights [C] of the channels of x [N, C, H, W] in its gray image; equal unless C is 3."""
     channels = x.shape[1]
     weights = [0.2989, 0.587, 0.114] if channels == 3 else [1 / channels] * channels
-    return torch.tensor(weights).to(x.device, non_blocking=True)
+    # Filled on the device: a copy from the host could wait.
+    return torch.stack([torch.full((), weight, device=x.device) for weight in weights])
 
 
 def adjust_hue(x, shift):
@@ -260,10 +261,12 @@ def color_jitter(x, factors, hue, order):
         blended = torch.baddbmm(mean, matrices[rows, t], part.flatten(2)).view_as(part)
         torch.clamp(blended, 0, 1, out=part)
 
+    # Blends before the hue: of all but the first quarter, of the last two, of the last.
     for t, cut in enumerate(cuts):
         blend(t, slice(cut, n))
     if len(weights) == 3:
         x = adjust_hue(x, hue)
+    # After it: of the first quarter, of the first two, of all but the last.
     for t, cut in enumerate(cuts):
         blend(t, slice(0, cut))
     return x
@@ -475,7 +478,7 @@ def main(args):
     images = common.load_images(**common.image_args(args), device=device)
     args = common.resolve(given, RECIPES, len(images.train))
     if args.ema is None:
-        steps = args.epochs * len(images.train) // args.batch_size
+        steps = args.epochs * (len(images.train) // args.batch_size)
         args = replace(args, ema=default_ema(steps))
     view = choose_view(args.augment, images.gray, images.size)
 

@@ -100,6 +100,7 @@ def parts_of(method, size, args):
     names = dict(simclr="SimCLR", byol="BYOL", barlow_twins="BarlowTwins")
     heads = flags.hidden_dim, flags.projection_dim, flags.projection_layers
     known = inspect.signature(module.train_step).parameters.keys() & vars(flags).keys() - {"lr"}
+    # An unset --ema depends on the steps of a run.
     options = {name: getattr(flags, name) or 0.99 for name in known} | dict(
         amp_dtype=torch.bfloat16
     )

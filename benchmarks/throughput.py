@@ -103,6 +103,7 @@ class Step:
         self.model = common.distribute(network, self.device, args.compile)
         # temperature, ema or lambd
         names = set(inspect.signature(self.module.train_step).parameters) & set(asdict(args))
+        # An unset --ema depends on the steps of a run.
         self.own = {name: getattr(args, name) or 0.99 for name in names - {"lr"}}
         self.pair = self.draw()
 

@@ -221,6 +221,16 @@ def test_op_has_its_probability_in_each_view(lively, name):
     assert abs((changed[0] == changed[1]).float().mean() - 0.5) < bound
 
 
+@pytest.mark.parametrize("name", ["blur_p", "solarize_p"])
+def test_blur_p_and_solarize_p_are_of_the_first_and_the_second_view(squares, name):
+    """At (0, 1) the first view is the image itself, at (1, 0) the second."""
+    for p in ((0.0, 1.0), (1.0, 0.0)):
+        views = simclr.two_views(squares, simclr.View(**{name: p}))
+        changed = [((v - squares / 255).abs().amax((1, 2, 3)) > 1e-3).float().mean() for v in views]
+        # Dark images have nothing to solarize, flat ones nothing to blur.
+        assert [float(share > 0.5) for share in changed] == [*p] and min(changed) == 0
+
+
 def test_views_stay_with_their_image(squares):
     """augment shuffles the images for color_jitter and restores their order."""
     view = simclr.View(jitter=(0.01, 0.01, 0.01, 0.01), noise=0.001)

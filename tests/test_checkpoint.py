@@ -166,6 +166,22 @@ def test_seed_draws():
     assert draws[:12] == draws[12:] and len(set(draws)) == 12
 
 
+def test_views_and_epoch_order_draw_from_streams_of_their_own(monkeypatch):
+    """None seeds with the numbers of another; trailing zeros count for nothing."""
+    found, sequence = [], np.random.SeedSequence
+
+    def record(entropy):
+        found.append(tuple(np.trim_zeros(entropy, "b")))
+        return sequence(entropy)
+
+    monkeypatch.setattr(np.random, "SeedSequence", record)
+    for step in range(5):
+        common.epoch_order(8, 2, 1, step)
+        for purpose in ("weights", "picture", "views"):
+            common.seed_draws(1, purpose, step)
+    assert len(set(found)) == 20
+
+
 def test_epochs_0(train, method, folder):
     """--epochs 0 evaluates the encoder as initialized by the seed."""
     assert train(method, epochs=0).status == 0

@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import json
 import shutil
 import signal
 import subprocess
@@ -162,6 +163,13 @@ def test_ema_at_rises_from_ema_to_one_or_stays():
     rising = [byol.ema_at(step, 100, 0.99, "cosine") for step in (0, 50, 100)]
     assert rising == pytest.approx([0.99, 0.995, 1])
     assert byol.ema_at(70, 100, 0.99, "constant") == 0.99
+
+
+def test_unset_ema_depends_on_the_number_of_steps(finished):
+    """From 0.9 to 0.996, an average over a 300th of the run; args.json holds it."""
+    found = [byol.default_ema(steps) for steps in (0, 300, 6000, 10**6)]
+    assert found == pytest.approx([0.9, 0.9, 0.95, 0.996])
+    assert json.loads((finished("byol") / "args.json").read_text())["args"]["ema"] == 0.9
 
 
 def test_warmup_epochs_of_a_short_run_are_a_tenth(tiny, small, monkeypatch):
@@ -366,9 +374,7 @@ class NoReads(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        to_cpu = (
-            name == "to" and "cpu" in map(str, args[1:]) and not (kwargs or {}).get("non_blocking")
-        )
+        to_cpu = name == "to" and "cpu" in map(str, args[1:])
         assert name not in READS and not to_cpu, f"the loop waits: Tensor.{name}"
         return function(*args, **(kwargs or {}))
 
