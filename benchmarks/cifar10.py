@@ -1,10 +1,10 @@
-"""CIFAR-10 in full: with --cpu what two CPU cores learn in an hour a method, else the default runs.
+"""CIFAR-10 in full: with --cpu what a CPU core learns in an hour a method, else the default runs.
 
     python benchmarks/cifar10.py --cpu --data-dir cifar10-jpeg
     python benchmarks/cifar10.py --methods byol --seeds 1 2 3 --extra="--compile"
 
---cpu reads CIFAR-10 as files (train/<class>/*, test/<class>/*); without it, torchvision downloads
-the data set. Every run is `python METHOD.py`, then `python knn_eval.py --probe`, plain and with
+--data-dir is a folder of CIFAR-10 as files (train/<class>/*, test/<class>/*), or torchvision
+downloads the data set to it. Every run is `python METHOD.py`, then `python knn_eval.py --probe`, plain and with
 --whiten. It appends a line to --output: accuracy over k, with few labels and by logistic
 regression, and loss, kNN accuracy and effective rank over the epochs. Recorded runs are not
 repeated, and a run that was stopped is resumed from its folder under --runs.
@@ -19,7 +19,10 @@ from accuracy import ROOT, means, record, recorded, train_and_evaluate
 
 import common
 
-CPU = "--encoder resnet10 --width 32 --epochs 38 --batch-size 128 --precision bf16 --compile"
+CPU = (
+    "--encoder resnet10 --width 16 --epochs 25 --warmup-epochs 1 --eval-every 5 --batch-size 128 "
+    "--precision bf16 --compile"
+)
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Args:
     """Train each method, evaluate, record."""
 
     cpu: bool = False
-    """the setting for two CPU cores"""
+    """the setting for an hour of one CPU core"""
     data_dir: str = "data"
     """folder of the data set"""
     methods: tuple[str, ...] = ("simclr", "byol", "barlow_twins")
@@ -46,7 +49,8 @@ def main(args):
     """The untrained encoder and pixels, then every method and seed."""
     data = f"cifar10-{'cpu' if args.cpu else 'gpu'}"
     output = args.output or str(ROOT / f"benchmarks/results/{data}.jsonl")
-    settings = ["--dataset", "folder" if args.cpu else "cifar10", "--eval-every", "2"]
+    as_files = Path(args.data_dir, "train").is_dir()
+    settings = ["--dataset", "folder" if as_files else "cifar10"]
     settings += [*shlex.split(CPU * args.cpu), *shlex.split(args.extra)]
     done = recorded(output, "name", "seed")
     for method, seed in [("untrained", 1), *((m, s) for m in args.methods for s in args.seeds)]:

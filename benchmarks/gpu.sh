@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# All that needs a CUDA GPU, most valuable first, at most 25 minutes a call:
+#
+#     bash benchmarks/gpu.sh                            # CIFAR-10 is downloaded
+#     DATA=cifar10-jpeg bash benchmarks/gpu.sh          # or read from train/<class>/*, test/<class>/*
+#     SSL_TEST_DEVICE=cpu DATA=cifar10-jpeg bash benchmarks/gpu.sh    # a small rehearsal on a CPU
+#
+# Each part is a process with a time limit, and its result is written as soon as it is there, to
+# runs/gpu (OUT=folder: elsewhere). Call it again to go on: parts that succeeded are not repeated,
+# and stopped runs are resumed. lightly is compared if it is installed.
+
+cd "$(dirname "$0")/.." || exit
+data=${DATA:-data} out=${OUT:-runs/gpu} end=$((SECONDS + 1500))
+flags="--batch-size 512" speed=() extra=--compile
+if [ "$SSL_TEST_DEVICE" = cpu ]; then
+    out=${OUT:-runs/gpu-rehearsal}
+    small="--device cpu --encoder resnet10 --width 16 --batch-size 32"
+    flags=$small speed=(--images 256 --warmup 1 --seconds 1 --blocks 1)
+    extra="$small --epochs 1"
+fi
+mkdir -p "$out"
+if [ "$SSL_TEST_DEVICE" = cpu ] && [ ! -d "$out/data" ]; then
+    python -c "import sys; sys.path.insert(0, 'benchmarks'); import accuracy
+accuracy.first_of_each_class('$data', '$out/data', 20, 5)"
+fi
+[ -d "$out/data" ] && data=$out/data
+
+part() {
+    # NAME SECONDS COMMAND...
+    name=$1 limit=$(($2 < end - SECONDS ? $2 : end - SECONDS))
+    shift 2
+    [ -e "$out/$name.done" ] && return
+    if [ "$limit" -lt 30 ]; then
+        echo "$name: no time left; call again"
+        return
+    fi
+    start=$SECONDS
+    timeout --kill-after=60 "$limit" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    [ $status = 0 ] && touch "$out/$name.done"
+    echo "$name: exit status $status after $((SECONDS - start)) s; $out/$name.log"
+}
+
+methods="simclr byol barlow_twins"
+part tests 300 python -m pytest -q tests/test_gpu.py
+for method in $methods; do
+    part "speed-$method" 150 python benchmarks/throughput.py --methods "$method" --no-lightly \
+        --flags="$flags" --variant=--compile --profile "${speed[@]}" \
+        --output "$out/throughput-$method.json"
+done
+for method in $methods; do
+    python -c "import lightly" 2>"$out/lightly.log" || break
+    part "lightly-$method" 120 python benchmarks/throughput.py --methods "$method" --blocks 3 \
+        --flags="$flags" "${speed[@]}" --output "$out/lightly-$method.json"
+done
+for method in $methods; do
+    part "cifar10-$method" 720 python benchmarks/cifar10.py --methods "$method" --data-dir "$data" \
+        --extra="$extra" --runs "$out/cifar10" --output "$out/cifar10.jsonl"
+done
