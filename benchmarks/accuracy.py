@@ -95,17 +95,17 @@ def run(script, *flags):
     return time.perf_counter() - start
 
 
-def train_and_evaluate(script, flags, folder, *options):
+def train_and_evaluate(script, flags, folder, *options, pixels=True):
     """Train into folder/run by the real command, or resume it there; evaluate plain and whitened.
 
-    Returns the results of knn.json, of the features, raw pixels and whitened features, with what a
-    recorded line says of the run.
+    Returns the results of knn.json, of the features, raw pixels (if asked for) and whitened
+    features, with what a recorded line says of the run.
     """
     seconds = run(script, *flags, "--run-dir", f"{folder}/run", "--resume")
     results = []
-    for option in ("--pixels", "--whiten"):
-        run("knn_eval.py", f"{folder}/run", "--output", f"{folder}/{option}", option, *options)
-        results += json.loads(Path(folder, option, "knn.json").read_text())["results"]
+    for name, more in (("knn", ["--pixels"] * pixels), ("whiten", ["--whiten"])):
+        run("knn_eval.py", f"{folder}/run", "--output", f"{folder}/{name}", *more, *options)
+        results += json.loads(Path(folder, name, "knn.json").read_text())["results"]
     config = json.loads(Path(folder, "run/args.json").read_text())
     facts = {key: config[key] for key in ("versions", "commit", "device")}
     facts |= dict(processor=processor_name())

@@ -61,10 +61,11 @@ def main(args):
         flags = [*settings, *["--epochs", "0"] * (method == "untrained"), "--seed", str(seed)]
         folder = f"{args.runs}/{name.replace(' ', '')}-s{seed}"
         source = ["--data-dir", args.data_dir]
-        found = train_and_evaluate(script, [*flags, *source], folder, "--probe")
-        knn, pixels, whitened = found
-        if method == "untrained":
-            record(output, pixels, data=data, name="pixels", seed=seed)
+        options = dict(pixels=method == "untrained")
+        found = train_and_evaluate(script, [*flags, *source], folder, "--probe", **options)
+        knn, *pixels, whitened = found
+        for result in pixels:
+            record(output, result, data=data, name="pixels", seed=seed)
         keys = ("epoch", "loss", "seconds", "knn_acc", "effective_rank")
         log = [json.loads(line) for line in Path(folder, "run/log.jsonl").open()]
         line = dict(curve=[{key: row[key] for key in keys if key in row} for row in log])
