@@ -4,10 +4,10 @@
     python benchmarks/cifar10.py --methods byol --seeds 1 2 3 --extra="--compile"
 
 --data-dir is a folder of CIFAR-10 as files (train/<class>/*, test/<class>/*), or torchvision
-downloads the data set to it. Every run is `python METHOD.py`, then `python knn_eval.py --probe`, plain and with
---whiten. It appends a line to --output: accuracy over k, with few labels and by logistic
-regression, and loss, kNN accuracy and effective rank over the epochs. Recorded runs are not
-repeated, and a run that was stopped is resumed from its folder under --runs.
+downloads the data set to it. Every run is `python METHOD.py`, then `python knn_eval.py --probe`,
+plain and with --whiten. It appends a line to --output: accuracy over k, with few labels and by
+logistic regression, and loss, kNN accuracy and effective rank over the epochs. Recorded runs are
+not repeated, and a run that was stopped is resumed from its folder under --runs.
 """
 
 import json
