@@ -64,7 +64,7 @@ class Args:
     image_size: int | None = None
     """side of the encoder's input in pixels (unset: that of the images, at most 224)"""
     augment: Literal["auto", "photo", "overhead", "symbol", "none"] = "auto"
-    """photo: crops, flips, color; overhead: photos without an up; symbol: shifts, zooms; none"""
+    """photo: crops, flips, color; overhead: photos without a top; symbol: shifts, zooms; none"""
     encoder: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None
     """torchvision's ResNet (resnet10: one block a stage); a 3x3 stem up to 64 pixels"""
     init: str | None = None
@@ -180,8 +180,8 @@ def crop_boxes(x, scale):
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.float().argmax(1, keepdim=True)
     w, h = w.gather(1, first), h.gather(1, first)
-    top = uniform(x, 0, height - h + 1, n, 1).floor().clamp(max=height - h)
-    left = uniform(x, 0, width - w + 1, n, 1).floor().clamp(max=width - w)
+    top = uniform(x, 0, height - h + 1, n, 1).floor()
+    left = uniform(x, 0, width - w + 1, n, 1).floor()
     return top, left, h, w
 
 
@@ -329,17 +329,19 @@ def augment(images, view, size):
 
 @torch.no_grad()
 def two_views(images, view=PHOTO_VIEW, size=None, mean=0.0, std=1.0):
-    """Two random views v1, v2 of uint8 images [N, 3, H, W]: float32 [N, 3, size, size].
+    """Two random views v1, v2 of uint8 images [N, C, H, W]: float32 [N, C, size, size].
 
     Values are (view in [0, 1] - mean) / std. Every image draws its own parameters.
     """
     n, channels, height = images.shape[:3]
     size = size or height
-    # On a CPU small chunks stay in its cache; on a GPU one large chunk launches fewer kernels.
-    chunks = math.ceil(n * size**2 / 65536) if images.device.type == "cpu" else 1
+    # On a CPU small parts stay in its cache; on a GPU one large part launches fewer kernels. From
+    # two images on, color_jitter has all places of the hue.
+    parts = math.ceil(n * size**2 / 65536) if images.device.type == "cpu" else 1
+    parts = max(1, min(parts, n // 2))
     # Channels last.
     pair = torch.empty(2, n, size, size, channels, device=images.device).movedim(4, 2)
-    for part, out in zip(images.chunk(chunks), pair.chunk(chunks, dim=1)):
+    for part, out in zip(images.tensor_split(parts), pair.tensor_split(parts, dim=1)):
         out.copy_(augment(part, view, size)).sub_(mean).div_(std)
     return pair.unbind()
 
@@ -471,12 +473,9 @@ def main(args):
     """Train with the arguments, write the run folder, and return its path."""
     import common
 
-    # Mistakes in flags show before the images are read, whose number then fills unset flags.
-    given, args = args, common.resolve(args, RECIPES)
     common.check(0 <= (args.ema or 0) <= 1, f"--ema {args.ema} must be from 0 to 1")
-    device, amp_dtype = common.set_up(args)
-    images = common.load_images(**common.image_args(args), device=device)
-    args = common.resolve(given, RECIPES, len(images.train))
+    # Unset flags take the recipe of the data set and depend on the number of its images.
+    args, images, device, amp_dtype = common.start(args, RECIPES)
     if args.ema is None:
         steps = args.epochs * (len(images.train) // args.batch_size)
         args = replace(args, ema=default_ema(steps))

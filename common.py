@@ -130,11 +130,11 @@ def resolve(args, recipes, n=None):
         args = replace(args, warmup_epochs=args.epochs / 10)
 
     # Below 16 channels, oneDNN's backward of strided 1x1 convolutions corrupts memory (its #6035).
-    least = dict(width=16, batch_size=2 * WORLD_SIZE)
+    least = dict(width=16, batch_size=2 * WORLD_SIZE, temperature=1e-6)
     least |= dict.fromkeys("hidden_dim projection_dim knn_k checkpoint_every".split(), 1)
-    zeros = "seed projection_layers epochs lr weight_decay warmup_epochs eval_every"
+    zeros = "seed projection_layers epochs lr weight_decay warmup_epochs eval_every lambd"
     for key, low in (least | dict.fromkeys(zeros.split(), 0)).items():
-        value = getattr(args, key)
+        value = getattr(args, key, low)
         check(low <= value < math.inf, f"--{key.replace('_', '-')} {value} must be at least {low}")
     message = f"--batch-size {args.batch_size} is global; it must be a multiple of {WORLD_SIZE}"
     check(args.batch_size % WORLD_SIZE == 0, f"{message}, the number of processes")
@@ -142,6 +142,19 @@ def resolve(args, recipes, n=None):
     low, high = args.window or (0, 1)
     check(low < high, f"--window {low} {high}: the first must be below the second")
     return args
+
+
+def start(args, recipes):
+    """Fill and check the arguments, join torchrun's processes, load the images.
+
+    Returns the arguments, the images, the device, and the dtype of autocast (None: float32).
+    """
+    # Mistakes in flags show before the images are read, whose number then fills unset flags.
+    checked = resolve(args, recipes)
+    device, amp_dtype = set_up(checked)
+    keys = "dataset data_dir image_size cache_dir labels window fit".split()
+    images = load_images(**{key: getattr(checked, key) for key in keys}, device=device)
+    return resolve(args, recipes, len(images.train)), images, device, amp_dtype
 
 
 # ---------------------------------------------------------------- device and processes
@@ -272,12 +285,6 @@ class Images:
     window: tuple | None
     # more arrays of embeddings.npz: train_files, train_groups, test_files, test_groups
     extra: dict
-
-
-def image_args(args):
-    """The arguments that load_images takes, as a dict."""
-    keys = "dataset data_dir image_size cache_dir labels window fit"
-    return {key: getattr(args, key) for key in keys.split()}
 
 
 def load_images(
@@ -420,7 +427,7 @@ def _npz(dataset, path):
     parts = ("train", "test")
     optional = [f"{part}_{name}" for part in parts for name in ("images", "labels", "groups")]
     arrays = read_npz(path, ["train_images"], optional)
-    first, images, labels = arrays["train_images"], [], []
+    first, images, labels, extra = arrays["train_images"], [], [], {}
     for part in parts:
         x = arrays.get(f"{part}_images", first[:0] if first.ndim else first)
         form = f"{str(path)!r}: {part}_images must be numbers [N, H, W] or [N, H, W, C], C up to 32"
@@ -432,10 +439,13 @@ def _npz(dataset, path):
         form = f"{str(path)!r}: {part}_labels must be {len(x)} integers, -1 for unlabelled"
         fits = y.dtype.kind in "iu" and len(y) == len(x) and y.min(initial=0) >= -1
         check(fits, f"{form}, not {y.dtype} {list(y.shape)}")
+        name = f"{part}_groups"
+        if name in arrays:
+            extra[name] = arrays[name].flatten()
+            check(len(extra[name]) == len(x), f"{str(path)!r}: {name} must be {len(x)} groups")
         images.append(x)
         labels.append(y.astype(np.int64))
     classes = 1 + max(y.max(initial=-1) for y in labels)
-    extra = {name: arrays[name] for name in optional if "groups" in name and name in arrays}
     return images, labels, [str(i) for i in range(classes)], extra
 
 
@@ -513,11 +523,12 @@ def _read_table(path, names):
     with user_errors(f"cannot read --labels {path!r}"):
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            lines, columns = list(reader), reader.fieldnames or []
+            lines = [(reader.line_num, row) for row in reader]
+            columns = reader.fieldnames or []
     known = {"file", "label"} <= {*columns}
     check(known, f"--labels {path!r} needs the columns file and label in line 1, not {columns}")
     rows, names, mistakes = {}, {*names}, []
-    for number, row in enumerate(lines, 2):
+    for number, row in lines:
         row = {key: value.strip() for key, value in row.items() if isinstance(value, str)}
         name, split = os.path.normpath(row.get("file") or ""), row.get("split") or "train"
         if name not in names:
@@ -1203,43 +1214,41 @@ class Run:
 class Tracker:
     """Weights & Biases with --track. A failure is printed once, and the run goes on without it."""
 
+    run = None
+
     def __init__(self, args, folder, **options):
-        self.active = args.track
-        self._try(self._start, project=args.wandb_project, dir=str(folder), **options)
+        if args.track:
+            with self._failures():
+                import wandb
 
-    def _start(self, **options):
-        import wandb
+                self.image, settings = wandb.Image, wandb.Settings(init_timeout=60)
+                if hasattr(settings, "finish_timeout"):
+                    # Newer versions: an unreachable server must not block the end of the run.
+                    settings.finish_timeout = 120.0
+                options |= dict(project=args.wandb_project, dir=str(folder), resume="allow")
+                self.run = wandb.init(settings=settings, **options)
 
-        self.wandb, settings = wandb, wandb.Settings(init_timeout=60)
-        if hasattr(settings, "finish_timeout"):
-            # Newer versions: an unreachable server must not block the end of the run.
-            settings.finish_timeout = 120.0
-        self.run = wandb.init(settings=settings, resume="allow", **options)
-
-    def _log(self, record):
-        for key, value in record.items():
-            if isinstance(value, Path):
-                record = {**record, key: self.wandb.Image(str(value))}
-        self.run.log(record, step=record.get("step"), commit=True)
-
-    def _try(self, call, *args, **options):
+    @contextmanager
+    def _failures(self):
         try:
-            if self.active:
-                call(*args, **options)
+            yield
         except Exception as error:
-            print(
-                f"note: Weights & Biases failed ({one_line(error)}); continuing without it",
-                file=sys.stderr,
-            )
-            self.active = False
+            self.run = None
+            text = f"note: Weights & Biases failed ({one_line(error)}); continuing without it"
+            print(text, file=sys.stderr)
 
     def log(self, record):
         """Log a dict of numbers and paths of pictures.
 
         W&B drops steps that it has seen, such as those repeated after a kill.
         """
-        self._try(self._log, record)
+        with self._failures():
+            if self.run:
+                pictures = {k: self.image(str(v)) for k, v in record.items() if isinstance(v, Path)}
+                self.run.log(record | pictures, step=record.get("step"), commit=True)
 
     def finish(self):
         """Upload the remaining data and end the W&B run."""
-        self._try(lambda: self.run.finish())
+        with self._failures():
+            if self.run:
+                self.run.finish()

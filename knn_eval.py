@@ -54,7 +54,7 @@ def knn_sweep(
 
     train_features [N, D], train_labels [N] and test_features [M, D] are NumPy arrays. Without
     test_features (None), each training point is predicted from the others (leave-one-out), or,
-    given integer groups [N], from those of other groups. Returns a dict from each k to the
+    given groups [N], from those of other groups. Returns a dict from each k to the
     predicted labels [M]; with return_shares also a dict from each k to the share of the votes [M]
     that the predicted label got. Raises ValueError on bad arguments.
 
@@ -71,7 +71,8 @@ def knn_sweep(
     n, own, ks = len(train_features), None, sorted(set(ks))
     if test_features is None:
         test_features = train_features
-        own = groups = np.arange(n) if groups is None else groups
+        own = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+        groups = own
         n -= np.bincount(groups).max()
     if not ks or ks[0] < 1 or ks[-1] > n:
         raise ValueError(f"needs 1 <= k <= {n}, not {ks}")
@@ -279,7 +280,8 @@ def read_inputs(args):
             init = entry.meta.get("init")
             entry.column = f"init {init}" if init else "untrained"
             entry.keys = ["encoder", "width", "image_size"]
-        entry.column += f" {entry.meta.get('dataset')}" * (len(sets) > 1)
+        if len(sets) > 1 and "dataset" in entry.meta:
+            entry.column += f" {entry.meta['dataset']}"
     for column in {entry.column for entry in inputs}:
         # Runs of one method are named by the flags in which they differ.
         same = [entry for entry in inputs if entry.column == column]
@@ -292,19 +294,19 @@ def read_inputs(args):
     for entry in inputs:
         if [other.run for other in inputs].count(entry.run) > 1:
             entry.column += f" {entry.name}"
-        elif not args.group_seeds:
-            entry.column += f" seed {entry.meta.get('seed')}"
+        elif not args.group_seeds and "seed" in entry.meta:
+            entry.column += f" seed {entry.meta['seed']}"
     return inputs
 
 
 @functools.lru_cache(1)
-def load_run_images(dataset, data_dir, **source):
+def load_run_images(dataset, data_dir="data", **source):
     """The images of a run, or None, with a note, if they cannot be loaded."""
     from common import UserError, check, load_images
 
     try:
         # Missing data would be downloaded.
-        here = dataset == "digits" or (data_dir and Path(data_dir).exists())
+        here = dataset == "digits" or Path(data_dir).exists()
         check(here, f"--data-dir {data_dir!r} does not exist")
         return load_images(dataset, data_dir, **source)
     except UserError as error:
@@ -325,7 +327,7 @@ def pictures(entry, args):
     for part in (entry.train, entry.test):
         files = images.extra.get(f"{part.name}_files", np.arange(len(getattr(images, part.name))))
         if not np.array_equal(files, part.files):
-            print(f"no pictures: the images in {source['data_dir']!r} have changed")
+            print(f"no pictures: the images of {entry.name} have changed")
             return None
 
     def get(part, most=224):
@@ -348,7 +350,7 @@ def pixels_of(name, entry, args):
     check(get, f"--pixels: the images of {entry.name} cannot be loaded")
     entry = copy.deepcopy(entry)
     entry.name = entry.column = f"pixels of {name}"
-    entry.meta = {key: entry.meta[key] for key in ("dataset", "data_dir", "image_size")}
+    entry.meta = {key: entry.meta.get(key) for key in ("dataset", "data_dir", "image_size")}
     for part in (entry.train, entry.test):
         # Of photographs, a thumbnail.
         pixels = get(part, 32)
@@ -486,8 +488,9 @@ def closest_pairs(entry, args):
         own, pairs = train.groups if part is train else None, []
         data = train.features, part.features, 100, args.metric, args.device, train.groups, own
         for rows, distances, neighbors in nearest(*data):
-            same = np.isclose(part.features[rows], train.features[neighbors[:, 0]], atol=1e-5)
-            equal += 0 if part is train else int(same.all(axis=1).sum())
+            if part is not train:
+                same = np.isclose(part.features[rows], train.features[neighbors[:, 0]], atol=1e-5)
+                equal += int(same.all(axis=1).sum())
             closest = np.argsort(distances, axis=None, kind="stable")[:200]
             i, j = np.unravel_index(closest, distances.shape)
             pairs += zip(distances[i, j], rows[i], neighbors[i, j])

@@ -1,16 +1,10 @@
-"""kNN accuracy of raw pixels, the untrained encoder and the methods, by the real commands.
+"""Digits, default runs: accuracy of raw pixels, the untrained encoder and the methods.
 
-    python benchmarks/accuracy.py digits
-    python benchmarks/accuracy.py fashion_mnist --methods simclr --seeds 1
-    python benchmarks/accuracy.py cifar10_jpeg --data-dir cifar10-jpeg --seeds 1
-    python benchmarks/accuracy.py fashion_mnist --methods byol --holdout 500 --extra="--lr 0.5"
+    python benchmarks/accuracy.py
+    python benchmarks/accuracy.py --methods simclr --seeds 1 --extra="--lr 0.5"
 
-digits are the default runs. fashion_mnist and cifar10_jpeg (a folder of image files, of
-which the first 1,000 training and 200 test images of a class are taken) are short runs of a narrow
-network. Each run is `python METHOD.py`, then `python knn_eval.py`, plain and with --whiten. A JSON
-line a run is appended to --output; runs that it holds already are left out, so a stopped benchmark
-goes on. With --holdout, for tuning, so many training images of each class, the same for every run,
-are left out of the training and take the place of the test images.
+Each run is `python METHOD.py`, then `python knn_eval.py`, plain and with --whiten. It appends a
+line to --output. Recorded runs are left out, so a stopped benchmark goes on.
 """
 
 import itertools
@@ -22,69 +16,36 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
-from sklearn.model_selection import train_test_split
-from tyro.conf import Positional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common
 
-SHORT = shlex.split(
-    "--encoder resnet10 --width 16 --batch-size 128 --warmup-epochs 0.5 --eval-every 0 --epochs 5"
-)
-SETS = {
-    "digits": [],
-    "fashion_mnist": ["--dataset", "fashion_mnist", "--image-size", "16", *SHORT],
-    "cifar10_jpeg": ["--dataset", "folder", *SHORT],
-}
-
 
 @dataclass
 class Args:
     """Train, evaluate, record."""
 
-    data: Positional[Literal["digits", "fashion_mnist", "cifar10_jpeg"]] = "digits"
-    """data set"""
-    data_dir: str = "data"
-    """its place"""
     methods: tuple[str, ...] = ("simclr", "byol", "barlow_twins")
     """method files"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of each method"""
-    holdout: int = 0
-    """training images of each class that replace the test images"""
     extra: str = ""
     """more flags for the methods, in one string; they become part of the recorded name"""
-    output: str = str(ROOT / "benchmarks/results/accuracy-cpu.jsonl")
+    output: str = str(ROOT / "benchmarks/results/digits-cpu.jsonl")
     """file to append the lines to"""
 
 
-def first_of_each_class(source, folder, train=1000, test=200):
+def first_of_each_class(source, folder, train, test):
     """A folder of links to the first images of every class."""
     for part, n in (("train", train), ("test", test)):
         for images in sorted(Path(source, part).iterdir()):
             Path(folder, part, images.name).mkdir(parents=True)
             for image in sorted(images.iterdir())[:n]:
                 Path(folder, part, images.name, image.name).symlink_to(image.resolve())
-
-
-def hold_out(args, path):
-    """Write the training images as an .npz file with --holdout of each class as its test images."""
-    dataset = "folder" if args.data == "cifar10_jpeg" else args.data
-    images = common.load_images(dataset, args.data_dir)
-    labels, n = images.train_labels.numpy(), args.holdout * len(images.class_names)
-    split = train_test_split(np.arange(len(labels)), test_size=n, stratify=labels, random_state=0)
-    arrays = {}
-    for part, rows in zip(("train", "test"), map(np.sort, split)):
-        pixels = images.train[torch.from_numpy(rows)]
-        arrays[f"{part}_images"] = pixels.permute(0, 2, 3, 1).numpy()
-        arrays[f"{part}_labels"] = labels[rows]
-    np.savez(path, **arrays)
 
 
 def run(script, *flags):
@@ -129,7 +90,7 @@ def record(output, result, **line):
         file.write(json.dumps(line | result["facts"]) + "\n")
     few, full = line["labels"]["1"], line["accuracy_at_chosen_k"]
     shown = f"1 label a class {100 * few:.2f} %, all {100 * full:.2f} %"
-    print(f"{line['data']} {line['name']} seed {line['seed']}: {shown}", flush=True)
+    print(f"{line['name']} seed {line['seed']}: {shown}", flush=True)
 
 
 def recorded(output, *keys):
@@ -146,30 +107,20 @@ def processor_name():
 
 def main(args):
     """Raw pixels once; for every seed the untrained encoder and each method."""
-    settings = [*SETS[args.data], *shlex.split(args.extra)]
-    place = tempfile.TemporaryDirectory()
-    if args.data == "cifar10_jpeg":
-        first_of_each_class(args.data_dir, place.name)
-        args.data_dir = place.name
-    source = [] if args.data == "digits" else ["--data-dir", args.data_dir]
-    if args.holdout:
-        common.check(source, "--holdout trains with the recipe of npz, which does not fit digits")
-        hold_out(args, f"{place.name}/heldout.npz")
-        source = ["--dataset", "npz", "--data-dir", f"{place.name}/heldout.npz"]
-    done = recorded(args.output, "data", "name", "seed")
+    done = recorded(args.output, "name", "seed")
     for seed, method in itertools.product(args.seeds, ("untrained", *args.methods)):
         name = f"{method} {args.extra}".strip()
-        if (args.data, name, seed) in done:
+        if (name, seed) in done:
             continue
         script = f"{args.methods[0] if method == 'untrained' else method}.py"
-        flags = [*settings, *["--epochs", "0"] * (method == "untrained"), "--seed", str(seed)]
+        flags = [*shlex.split(args.extra), "--seed", str(seed)]
+        flags += ["--epochs", "0"] if method == "untrained" else []
         with tempfile.TemporaryDirectory() as folder:
-            knn, pixels, whitened = train_and_evaluate(script, [*flags, *source], folder)
-        line = dict(data=args.data, holdout=args.holdout)
-        if (args.data, "pixels", None) not in done:
-            done.add((args.data, "pixels", None))
-            record(args.output, pixels, name="pixels", seed=None, **line)
-        line |= dict(whitened=whitened["accuracy"], command=shlex.join(["python", script, *flags]))
+            knn, pixels, whitened = train_and_evaluate(script, flags, folder)
+        if ("pixels", None) not in done:
+            done.add(("pixels", None))
+            record(args.output, pixels, name="pixels", seed=None)
+        line = dict(whitened=whitened["accuracy"], command=shlex.join(["python", script, *flags]))
         record(args.output, knn, name=name, seed=seed, **line)
 
 

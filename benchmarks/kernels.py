@@ -2,7 +2,6 @@
 
     python benchmarks/kernels.py --output benchmarks/results/kernels.json
     python benchmarks/kernels.py --methods byol --sizes 224 --operators
-    python benchmarks/kernels.py --root OLD --output benchmarks/results/kernels-before.json
 
 Runs two_views on the meta device and train_step in bf16 on fake tensors, eagerly, and counts the
 operators that are not views of their input, each roughly a kernel, and the bytes of their inputs
@@ -24,6 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common
 
 # Not kernels: memory that is reserved but not written, views, and what stays on the host.
 FREE = "empty empty_strided empty_like new_empty new_empty_strided detach _unsafe_view device"
@@ -40,12 +42,8 @@ class Args:
     """sides of the images in pixels"""
     batch_size: int = 512
     """images of a step"""
-    encoder: str = "resnet18"
-    """encoder"""
     operators: bool = False
     """also print the operators that move the most"""
-    root: str = str(ROOT)
-    """folder of the method files"""
     output: str | None = None
     """write the counts to this JSON file"""
 
@@ -86,16 +84,13 @@ def counted(function, *args, **options):
 
 def parts_of(method, size, args):
     """{part of a step: its Count} of one method at one size."""
-    import common
-
     module = importlib.import_module(method)
-    flags = module.Args(dataset="folder", encoder=args.encoder, batch_size=args.batch_size)
+    flags = module.Args(dataset="folder", batch_size=args.batch_size)
     flags = common.resolve(flags, module.RECIPES)
-    choose = getattr(module, "choose_view", None) or module.choose_views
     with torch.device("meta"):
         images = torch.empty(args.batch_size, 3, size, size, dtype=torch.uint8)
         mean = torch.empty(3, 1, 1)
-        view = choose("photo", False, size)
+        view = module.choose_view("photo", False, size)
         _, two_views = counted(module.two_views, images, view, size, mean, mean)
     names = dict(simclr="SimCLR", byol="BYOL", barlow_twins="BarlowTwins")
     heads = flags.hidden_dim, flags.projection_dim, flags.projection_layers
@@ -104,7 +99,7 @@ def parts_of(method, size, args):
     options = {name: getattr(flags, name) or 0.99 for name in known} | dict(
         amp_dtype=torch.bfloat16
     )
-    encoder, dim = common.build_encoder(args.encoder, size, 64)
+    encoder, dim = common.build_encoder(flags.encoder, size)
     network = getattr(module, names[method])(encoder, dim, *heads)
     optimizer, scaler = module.make_optimizer(network, 1e-4), torch.amp.GradScaler(enabled=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -119,9 +114,6 @@ def parts_of(method, size, args):
 
 def main(args):
     """Count every part of every method and size."""
-    sys.path.insert(0, args.root)
-    import common
-
     lines = []
     for method in args.methods:
         for size in args.sizes:

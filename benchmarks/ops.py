@@ -1,12 +1,11 @@
-"""The parts of a step against what one would write first, or against another version of the files.
+"""The views against torchvision, or the parts of a step against another version of the files.
 
     python benchmarks/ops.py --output benchmarks/results/ops-cpu.json
     python benchmarks/ops.py --against ../before        # time of the files in ../before / time here
 
-- info_nce: forward and backward, N pairs of 128 numbers; first: a Python loop over the rows;
-- barlow_twins_loss: the same (only with --against);
-- views, views_with_blur: two views at 32 pixels; first: torchvision's transforms on PIL images;
-- ema_update: a ResNet-18; first: a loop that rebinds `.data` of every parameter.
+By default two views at 32 pixels, with and without blur, against torchvision's transforms on PIL
+images; with --against also `info_nce` and `barlow_twins_loss` of 512 pairs, forward and backward,
+and `ema_update` of a ResNet-18.
 
 One thread. Each pair runs in the order A B B A; a block gives one ratio. Reported: their geometric
 mean, its 95 % t-interval, and their range.
@@ -29,7 +28,6 @@ import tyro
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from throughput import interval, processor_name
-from torch.nn import functional as F
 from torchvision import transforms as T
 
 
@@ -47,23 +45,6 @@ class Args:
     """write the result to this JSON file"""
 
 
-def rowwise_info_nce(z1, z2, temperature):
-    """NT-Xent as in a first listing: one row of the similarity matrix at a time."""
-    z = F.normalize(torch.cat([z1, z2]), dim=1)
-    n, losses = len(z1), []
-    for i in range(2 * n):
-        row = F.cosine_similarity(z[i : i + 1], z) / temperature
-        others = torch.exp(row).sum() - torch.exp(row[i])
-        losses.append(-torch.log(torch.exp(row[(i + n) % (2 * n)]) / others))
-    return torch.stack(losses).mean()
-
-
-def rebinding_ema(target, online, ema):
-    """The usual listing: a new tensor for every parameter."""
-    for old, new in zip(target.parameters(), online.parameters()):
-        old.data = ema * old.data + (1 - ema) * new.data
-
-
 def photo_pieces(n):
     """n pieces of scikit-learn's two photographs, uint8 [n, 3, 32, 32]."""
     pictures = [torch.tensor(p).permute(2, 0, 1) for p in load_sample_images().images]
@@ -75,7 +56,7 @@ def photo_pieces(n):
     return torch.stack(images)
 
 
-def first_views(images, blur):
+def torchvision_views(images, blur):
     """A function that draws two views of every image by torchvision's transforms."""
     pils = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     steps = [T.RandomResizedCrop(32, (0.2, 1.0)), T.RandomHorizontalFlip()]
@@ -115,17 +96,6 @@ def ours(folder, inputs):
     }
 
 
-def first_listing(inputs):
-    """What one would write first: functions by name."""
-    (z1, z2), images, networks = inputs
-    return {
-        "info_nce": lambda: rowwise_info_nce(z1, z2, 0.5).backward(),
-        "views": first_views(images, 0.0),
-        "views_with_blur": first_views(images, 0.5),
-        "ema_update": lambda: [rebinding_ema(*networks, 0.99) for _ in range(20)],
-    }
-
-
 def seconds(call, least=0.0):
     """Seconds per call; it is repeated until `least` seconds have passed."""
     calls, start = 0, time.perf_counter()
@@ -153,7 +123,11 @@ def main(args):
     networks = torchvision.models.resnet18(), torchvision.models.resnet18()
     inputs = pair, photo_pieces(args.n), networks
     here = ours(ROOT, inputs)
-    other = ours(args.against, inputs) if args.against else first_listing(inputs)
+    if args.against:
+        other = ours(args.against, inputs)
+    else:
+        options = dict(views=0.0, views_with_blur=0.5)
+        other = {name: torchvision_views(inputs[1], blur) for name, blur in options.items()}
     command = shlex.join(["python", "benchmarks/ops.py", *sys.argv[1:]])
     result = dict(command=command, device=processor_name(), torch=torch.__version__)
     for name, call in other.items():

@@ -20,17 +20,16 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 READMES = ["README.md", "benchmarks/README.md"]
-BARE = "byol --projection-layers 0 --ema 0.99 --ema-schedule constant"
 COLUMNS = {"pixels": "pixels", "untrained": "untrained encoder", "simclr": "SimCLR"}
-COLUMNS |= {"byol": "BYOL", BARE: "BYOL, bare target", "barlow_twins": "Barlow Twins"}
-SETS = {
-    "digits": "Digits, default runs, three seeds",
-    "fashion_mnist": "Fashion-MNIST, short runs",
-    "cifar10_jpeg": "CIFAR-10 (JPEG q75), short runs",
+COLUMNS |= {"byol": "BYOL", "barlow_twins": "Barlow Twins"}
+DIGITS, CIFAR10 = "digits-cpu", "cifar10-cpu"
+# Name of a plot of accuracies: recorded file, recorded table, title.
+PLOTS = {
+    "digits": (DIGITS, "accuracy", "Digits, default runs, three seeds"),
+    "digits-labels": (DIGITS, "labels", "Digits with few labels, three seeds"),
+    "cifar10": (CIFAR10, "accuracy", "CIFAR-10 (JPEG q75), an hour on one CPU core"),
+    "cifar10-training": (CIFAR10, "curve", "CIFAR-10 (JPEG q75), an hour on one CPU core"),
 }
-# Name of a plot: data set, recorded table, title.
-PLOTS = {data: (data, "accuracy", title) for data, title in SETS.items()}
-PLOTS["digits-labels"] = ("digits", "labels", "Digits with few labels, three seeds")
 NOISE = {"again/step": "full step / itself (noise)"}
 STEP = {"step/model": "full step / forward and backward only"}
 STEP |= {"variant/step": "bf16 / float32", **NOISE}
@@ -57,20 +56,24 @@ def rows(header, lines):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in table)
 
 
-def recorded(data):
-    """{name: the recorded lines of one data set, a seed each}."""
-    found = {}
-    for line in map(json.loads, (RESULTS / "accuracy-cpu.jsonl").open()):
-        if line["data"] == data:
-            found.setdefault(line["name"], []).append(line)
-    return {name: found[name] for name in COLUMNS if name in found}
+def lines_of(name):
+    """The lines of a recorded file; none before the first run."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.open()] if path.exists() else []
 
 
-def accuracies(data, key="accuracy"):
-    """{name: list of {k, or labels per class: accuracy in %}} over the seeds of one data set."""
+def recorded(name):
+    """{pixels, untrained or method: its lines in a recorded file, a seed each}."""
+    lines = lines_of(name)
+    found = {column: [line for line in lines if line["name"] == column] for column in COLUMNS}
+    return {column: runs for column, runs in found.items() if runs}
+
+
+def accuracies(name, key):
+    """{column: list of {k, or labels per class: accuracy in %}} over the seeds."""
     return {
-        name: [{int(x): 100 * y for x, y in line[key].items() if x != "all"} for line in lines]
-        for name, lines in recorded(data).items()
+        column: [{int(x): 100 * y for x, y in run[key].items() if x != "all"} for run in runs]
+        for column, runs in recorded(name).items()
     }
 
 
@@ -78,58 +81,36 @@ def mean_to_100(run):
     return mean(value for k, value in run.items() if k <= 100)
 
 
-def sweep(data):
-    """Accuracy over k, mean over the seeds, and the mean over the k up to 100."""
-    found = accuracies(data)
+def sweep(name):
+    """Accuracy over k, its mean up to 100, at the chosen k, whitened, and logistic regression."""
+    found = accuracies(name, "accuracy")
     lines = []
     for k in found["pixels"][0]:
         lines.append([k, *(f"{mean(run[k] for run in runs):.1f}" for runs in found.values())])
     means = [[mean_to_100(run) for run in runs] for runs in found.values()]
     lines.append(["**mean to 100**", *(f"**{mean(column):.2f}**" for column in means)])
-    if any(len(column) > 1 for column in means):
-        by_seed = (", ".join(f"{value:.2f}" for value in column) for column in means)
-        lines.append(["by seed", *by_seed])
+    by_seed = (", ".join(f"{value:.2f}" for value in column) for column in means)
+    lines.append(["by seed", *by_seed])
+    more = {"chosen k": lambda run: run["accuracy_at_chosen_k"]}
+    more["chosen k, whitened"] = lambda run: run.get("whitened")
+    more["1 label per class"] = lambda run: run["labels"]["1"]
+    more["1 label per class, whitened"] = lambda run: run.get("whitened_labels", {}).get("1")
+    more["logistic regression"] = lambda run: run.get("probe", {}).get("all")
+    for title, value in more.items():
+        columns = [[value(run) for run in runs] for runs in recorded(name).values()]
+        cells = ["" if None in column else f"{100 * mean(column):.1f}" for column in columns]
+        lines += [[title, *cells]] if any(cells) else []
     return rows(["k", *map(COLUMNS.get, found)], lines)
 
 
-def digits_labels():
-    """The digits with few labels, a line per method."""
+def few_labels(name, labels, header):
+    """Accuracy if only n labels per class are known, a line per method, mean over the seeds."""
     lines = []
-    for name, runs in recorded("digits").items():
-        if name != BARE:
-            cells = [mean(100 * run["labels"][n] for run in runs) for n in ("1", "5", "20", "all")]
-            lines.append([COLUMNS[name], *(f"{cell:.1f}" for cell in cells)])
-    return rows(["labels per digit", "1", "5", "20", "all"], lines)
-
-
-def whitened():
-    """Accuracy at the chosen k of the recorded features, as they are and whitened."""
-    lines = []
-    for data, title in SETS.items():
-        for name, runs in recorded(data).items():
-            if name != "pixels":
-                keys = ("accuracy_at_chosen_k", "whitened")
-                cells = (f"{mean(100 * run[key] for run in runs):.1f}" for key in keys)
-                better = sum(run["whitened"] > run["accuracy_at_chosen_k"] for run in runs)
-                lines.append([title, COLUMNS[name], *cells, f"{better} of {len(runs)}"])
-    return rows(["data", "", "features", "whitened", "better"], lines)
-
-
-def init():
-    """Fashion-MNIST from random weights and from those of another data set, at equal epochs."""
-    lines = []
-    for line in map(json.loads, (RESULTS / "accuracy-cpu.jsonl").open()):
-        if "--epochs 2" in line["name"]:
-            cells = [line["accuracy_at_chosen_k"], line["whitened"], line["labels"]["10"]]
-            name = line["name"].replace(" --epochs 2", "").replace("simclr", "trained")
-            lines.append([name, *(f"{100 * cell:.1f}" for cell in cells)])
-    return rows(["", "kNN", "whitened", "10 labels a class"], lines)
-
-
-def lines_of(name):
-    """The lines of a recorded file; none before the first run."""
-    path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in path.open()] if path.exists() else []
+    for column, runs in recorded(name).items():
+        cells = [f"{100 * mean(run['labels'][n] for run in runs):.1f}" for n in (*labels, "all")]
+        white = [100 * run["whitened"] for run in runs if "whitened" in run]
+        lines.append([COLUMNS[column], *cells, f"{mean(white):.1f}" if white else ""])
+    return rows([header, *labels, "all", "all, whitened"], lines)
 
 
 def verdict(differences):
@@ -161,18 +142,18 @@ def versus_lightly():
 
 def draw(name, path):
     """Plot a sweep, from the lowest to the highest seed; the file carries the data's digest."""
-    data, key = PLOTS[name][:2]
+    file, key, title = PLOTS[name]
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     references = dict(pixels=dict(color="0.4", ls="--"), untrained=dict(color="0.4", ls=":"))
-    for column, runs in accuracies(data, key).items():
+    for column, runs in accuracies(file, key).items():
         xs, style = list(runs[0]), references.get(column, {})
         means = [mean(run[x] for run in runs) for x in xs]
         (line,) = axes.plot(xs, means, marker=".", label=COLUMNS[column], **style)
         low, high = ([choose(run[x] for run in runs) for x in xs] for choose in (min, max))
         axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     xlabel = "k" if key == "accuracy" else "labels per class"
-    axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy in %", title=PLOTS[name][2])
+    axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy in %", title=title)
     axes.set_xticks(xs, xs)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -180,25 +161,42 @@ def draw(name, path):
     figure.savefig(path, dpi=110, metadata={"Source": digest(name)})
 
 
+def draw_training(name, path):
+    """Plot loss, kNN accuracy and effective rank of the first seed over the epochs."""
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    titles = dict(loss="loss / first loss", knn_acc="kNN accuracy", effective_rank="effective rank")
+    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items()):
+        for column, (run, *_) in recorded(PLOTS[name][0]).items():
+            points = [(row["epoch"], row[key]) for row in run.get("curve", ()) if key in row]
+            if len(points) > 1:
+                epochs, values = zip(*points)
+                scale = values[0] if key == "loss" else 1
+                axes.plot(epochs, [value / scale for value in values], ".-", label=COLUMNS[column])
+        axes.set(xlabel="epoch", title=title)
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.suptitle(PLOTS[name][2])
+    figure.savefig(path, dpi=110, metadata={"Source": digest(name)})
+
+
 def digest(name):
-    """Hash of the recorded accuracies that a plot shows."""
-    data, key = PLOTS[name][:2]
-    return hashlib.sha256(json.dumps(accuracies(data, key)).encode()).hexdigest()
+    """Hash of the recorded values that a plot shows."""
+    file, key = PLOTS[name][:2]
+    shown = {column: [run.get(key) for run in runs] for column, runs in recorded(file).items()}
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
 def ops():
     """Ratios of the parts of a step."""
     result, knn = load("ops-cpu"), load("knn-cpu")
     titles = {
-        "info_nce": "`info_nce`, N = 512, forward and backward, against a loop over rows",
         "views": "two views, 32 px, one thread, against torchvision's transforms on PIL images",
         "views_with_blur": "the same with blur",
-        "ema_update": "`ema_update` on a ResNet-18, against a loop that rebinds `.data`",
     }
     lines = []
     for key, title in titles.items():
         row = result[key]
-        lines.append([title, f"{row['ratio']} ({row['lowest']} to {row['highest']})"])
+        lines.append([title, "{ratio:.1f} ({lowest:.1f} to {highest:.1f})".format(**row)])
     size = f"{knn['train']} x {knn['test']} x {knn['dim']}"
     title = f"`knn_sweep`, 13 k, {size}, against 13 fits of KNeighborsClassifier"
     differ = f"{knn['differing']} of {knn['predictions']} predictions differ"
@@ -209,19 +207,16 @@ def ops():
 
 
 def kernels():
-    """Kernels and bytes of the views and of a step, before and after."""
+    """Kernels and bytes of the views, before and after both became one batch."""
     before, now = (
-        {(x["method"], x["size"], x["part"]): x for x in load(name)["lines"]}
+        [line for line in load(name)["lines"] if line["part"] == "two_views"]
         for name in ("kernels-before", "kernels")
     )
     lines = []
-    for (method, size, part), line in now.items():
-        if part in ("two_views", "train_step"):
-            pair = before[method, size, part], line
-            cells = [" → ".join(str(x["kernels"]) for x in pair)]
-            cells.append(" → ".join(f"{x['gb']:.2f}" for x in pair))
-            lines.append([COLUMNS[method], f"{size} px", f"`{part}`", *cells])
-    return rows(["", "", "", "kernels", "GB moved"], lines)
+    for old, new in zip(before, now):
+        counts = f"{old['kernels']} → {new['kernels']}", f"{old['gb']:.2f} → {new['gb']:.2f}"
+        lines.append([COLUMNS[new["method"]], f"{new['size']} px", *counts])
+    return rows(["", "", "kernels", "GB moved"], lines)
 
 
 def throughput(name, titles):
@@ -234,39 +229,15 @@ def throughput(name, titles):
     return rows(["samples per second", *map(COLUMNS.get, methods)], lines)
 
 
-def folders():
-    """Decoding and start-up with folders of images."""
-    result, lines = load("folders-cpu"), []
-    for name, row in result["decoding"].items():
-        ratio = f"{row['ratio']} ({row['lowest']} to {row['highest']}), {row['cores']} cores"
-        lines.append([f"decoding, {name}: images per second and core / Pillow on one core", ratio])
-    for name, row in result["start"].items():
-        share = f"{row['second_start_s'] / row['first_start_s']:.2f}"
-        lines.append([f"{row['files']:,} files, {name}: second start / first start", share])
-    return rows(["what", "measured"], lines)
-
-
-def on_paper():
-    """What larger sets would need at 160 px, by the measured rates."""
-    result, lines = load("folders-cpu"), []
-    decoding, start = result["decoding"]["photographs at 160"], result["start"]["CIFAR-10 (JPEG)"]
-    size, listing = 3 * decoding["side"] ** 2, start["second_start_s"] / start["files"] / 60
-    for name, n in (("ImageNet-1k, 1.28 million images", 1.28e6), ("100 million images", 1e8)):
-        minutes = n / decoding["images_per_second_and_core"] / 16 / 60
-        times = f"{minutes:.0f} min", f"{n * listing:.1f} min"
-        lines.append([name, f"{n * size / 1e9:,.0f} GB", *times, f"{size / 1e3:.0f} MB/s"])
-    header = ["", "disk", "decoding once, 16 cores", "listing at every start"]
-    return rows([*header, "reading, per 1,000 samples/s"], lines)
-
-
 def render(text):
     """A README with all tables between their marks made from the recorded files."""
-    tables = dict(digits_labels=digits_labels, whitened=whitened, init=init, ops=ops)
-    tables |= dict(folders=folders, on_paper=on_paper, kernels=kernels)
-    tables |= dict(versus_lightly=versus_lightly)
+    tables = dict(ops=ops, kernels=kernels, versus_lightly=versus_lightly)
+    tables["digits"] = lambda: few_labels(DIGITS, ("1", "5", "20"), "labels per digit")
+    tables["cifar10"] = lambda: few_labels(CIFAR10, ("1", "10", "100"), "labels per class")
+    tables["digits_sweep"] = lambda: sweep(DIGITS)
+    tables["cifar10_sweep"] = lambda: sweep(CIFAR10)
     tables["throughput"] = lambda: throughput("throughput-cpu-bf16", STEP)
     tables["lightly"] = lambda: throughput("throughput-cpu", LIGHTLY)
-    tables |= {data: lambda data=data: sweep(data) for data in SETS}
 
     def table(found):
         return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
@@ -288,7 +259,7 @@ def main(args):
         if not path.exists() or Image.open(path).text.get("Source") != digest(name):
             stale.append(str(path))
             if not args.check:
-                draw(name, path)
+                (draw_training if PLOTS[name][1] == "curve" else draw)(name, path)
     if args.check and stale:
         sys.exit(f"{', '.join(stale)} differ from benchmarks/results/; run benchmarks/tables.py")
 

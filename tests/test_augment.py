@@ -144,6 +144,9 @@ def test_color_jitter_orders_are_equally_frequent(squares, monkeypatch):
     assert len(counts) == 24
     # chi-square of 23 degrees of freedom: p < 0.001
     assert ((counts - 2 * n / 24) ** 2 / (2 * n / 24)).sum() < 50
+    # Of seven large images, every part has all four places of the hue.
+    simclr.two_views(squares[:1].expand(7, -1, -1, -1), simclr.SYMBOL_VIEW, 224)
+    assert [len(set(part[:, 3].tolist())) for part in drawn[1:]] == [4, 4, 4]
 
 
 @pytest.mark.parametrize("size", [3, 9, 23])

@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import shlex
-import struct
 import subprocess
 import sys
 
@@ -171,30 +170,6 @@ def test_help_and_typos_are_answered_at_once(words):
 
 
 # ---------------------------------------------------------------- progress
-
-
-def test_progress_bar_in_a_terminal(tiny, tmp_path):
-    """A terminal shows a bar over the steps, and each epoch on a line of its own."""
-    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
-    ours, theirs = pty.openpty()
-    # 24 lines of 80 columns.
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    words = flags(**tiny(run_dir=tmp_path / "run"))
-    command = [sys.executable, str(ROOT / "simclr.py"), *words]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    seen = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            seen += chunk
-    except OSError:
-        # The other end is closed.
-        pass
-    os.close(ours)
-    assert process.wait() == 0, seen
-    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", seen.decode()))
-    assert any(re.search(r"\b[1-9]/9 \[.*step", line) for line in lines), lines
-    assert len([line for line in lines if re.match(r"epoch \d  loss \d", line)]) == 3, lines
 
 
 def test_progress_in_a_file(run_cli, tiny, tmp_path):

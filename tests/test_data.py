@@ -1,6 +1,5 @@
 """Images in, from every source; features out: the encoder, embed, the kNN monitor, spread."""
 
-import gzip
 import json
 import multiprocessing
 import os
@@ -133,20 +132,6 @@ def test_torchvision_layouts_keep_size_and_order(monkeypatch, name, splits):
     images = common.load_images(name.lower())
     np.testing.assert_array_equal(images.train, data)
     assert images.train_labels.tolist() == labels and not images.gray and seen == splits
-
-
-def test_fashion_mnist_from_idx_files(tmp_path):
-    """The original files of Fashion-MNIST, placed as torchvision does, are read offline."""
-    source = os.environ.get("SSL_TEST_FASHION_MNIST")
-    if not source:
-        pytest.skip("SSL_TEST_FASHION_MNIST does not name the folder of the four .gz files")
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in Path(source).glob("*-ubyte.gz"):
-        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    images = common.load_images("fashion_mnist", tmp_path)
-    assert images.gray and len(images.test) == 10000
-    assert images.train_labels.bincount().tolist() == [6000] * 10
 
 
 def test_cifar10_jpeg_folder(tmp_path):
@@ -767,6 +752,7 @@ MALFORMED = {
     "float labels": ("train_labels", np.zeros(9), "float64"),
     "one-hot labels": ("train_labels", np.eye(9, dtype=int), "[81]"),
     "negative labels": ("train_labels", np.arange(9) - 5, "train_labels"),
+    "too few groups": ("train_groups", np.arange(8), "must be 9 groups"),
     "objects": ("train_labels", np.array([None] * 9), "Object arrays"),
 }
 

@@ -530,7 +530,7 @@ def test_pictures_only_of_the_same_images(run_cli, finished, tmp_path):
     """Data that has moved is one note; a missing data set is not downloaded."""
     with np.load(finished("simclr") / "embeddings.npz") as file:
         arrays = dict(file)
-    moved, other = "no pictures: --data-dir 'moved' does not exist", "'data' have changed"
+    moved, other = "no pictures: --data-dir 'moved' does not exist", "/a have changed"
     for dataset, says in (("npz", moved), ("cifar10", moved), ("digits", other)):
         meta = dict(META, dataset=dataset, data_dir="moved" if says == moved else "data")
         np.savez(tmp_path / "a.npz", **arrays | dict(meta=np.array(json.dumps(meta))))

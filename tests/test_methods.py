@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LOSS, METHODS, READS, ROOT, one_graph, waits
-from test_losses import WAITING
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -426,13 +425,12 @@ def test_loop_never_waits_for_the_device(method, watched_run, monkeypatch, preci
     watched_run(method, precision=precision)
 
 
-@pytest.mark.parametrize("name", WAITING)
-def test_loop_that_waits_is_caught(watched_run, monkeypatch, name):
+def test_loop_that_waits_is_caught(watched_run, monkeypatch):
     """The test above fails where the loss waits."""
     loss = simclr.info_nce
 
     def waiting_loss(z1, z2, temperature):
-        WAITING[name](z1)
+        z1.sum().item()
         return loss(z1, z2, temperature)
 
     monkeypatch.setattr(simclr, "info_nce", waiting_loss)

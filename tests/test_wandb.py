@@ -3,17 +3,14 @@
 Reads W&B's own protobuf files, as the `wandb sync` command does.
 """
 
-import itertools
 import json
 import signal
 import struct
 import sys
 
 import pytest
-import tyro
-from conftest import ROOT, flags
+from conftest import flags
 
-import byol
 import common
 import knn_eval
 import simclr
@@ -123,26 +120,6 @@ def test_knn_eval_track_logs_chosen_k(run_cli, finished, tmp_path):
     (known,) = json.loads((tmp_path / "knn.json").read_text())["results"]
     rows = [row["knn/simclr"] for row in history if "knn/simclr" in row]
     assert rows == [*known["tables"]["knn"].values()]
-
-
-def test_ema_sweep_gives_flags_of_byol():
-    """W&B's agent makes commands from benchmarks/ema-sweep.yaml that byol.py accepts."""
-    sweeps = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
-    config = sweeps.load_sweep_config(str(ROOT / "benchmarks/ema-sweep.yaml"))
-    assert config["program"] == "byol.py" and config["metric"]["name"] == "knn_acc"
-    seen, values = set(), [entry["values"] for entry in config["parameters"].values()]
-    for chosen in itertools.product(*values):
-        parameters = {key: dict(value=value) for key, value in zip(config["parameters"], chosen)}
-        words = sweeps.create_sweep_command_args(dict(args=parameters))
-        words |= dict(env=["env"], program=["byol.py"])
-        command = []
-        for part in sweeps.create_sweep_command(config["command"]):
-            command += words.get(part.strip("${}"), [part])
-        assert command[:3] == ["env", "python", "byol.py"]
-        args = tyro.cli(byol.Args, args=command[3:])
-        assert args.track
-        seen.add((args.ema, args.seed))
-    assert seen == set(itertools.product(*values)) and len(seen) > 2
 
 
 class Broken:
