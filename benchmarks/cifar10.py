@@ -15,8 +15,11 @@ class take the place of the test images.
 
 import json
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 from accuracy import ROOT, means, record, recorded, train_and_evaluate

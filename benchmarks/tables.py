@@ -89,8 +89,9 @@ def sweep(name):
         lines.append([k, *(f"{mean(run[k] for run in runs):.1f}" for runs in found.values())])
     means = [[mean_to_100(run) for run in runs] for runs in found.values()]
     lines.append(["**mean to 100**", *(f"**{mean(column):.2f}**" for column in means)])
-    by_seed = (", ".join(f"{value:.2f}" for value in column) for column in means)
-    lines.append(["by seed", *by_seed])
+    if any(len(column) > 1 for column in means):
+        by_seed = (", ".join(f"{value:.2f}" for value in column) for column in means)
+        lines.append(["by seed", *by_seed])
     more = {"chosen k": lambda run: run["accuracy_at_chosen_k"]}
     more["chosen k, whitened"] = lambda run: run.get("whitened")
     more["1 label per class"] = lambda run: run["labels"]["1"]
