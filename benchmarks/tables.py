@@ -34,7 +34,8 @@ NOISE = {"again/step": "full step / itself (noise)"}
 STEP = {"step/model": "full step / forward and backward only"}
 STEP |= {"variant/step": "bf16 / float32", **NOISE}
 LIGHTLY = {"step/lightly shipped": "full step / lightly as shipped"}
-LIGHTLY |= {"step/lightly tuned": "full step / lightly, tuned", **NOISE}
+LIGHTLY |= {"step/lightly tuned": "full step / lightly, tuned"}
+LIGHTLY |= {"variant/step": "compiled / eager", **NOISE}
 
 
 @dataclass

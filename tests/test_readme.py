@@ -209,6 +209,11 @@ def test_figures_are_recorded():
         assert f"kNN accuracy {plain:.1f} %, {white:.1f} % with whitened features" in text
         assert f"raw pixels {100 * pixels['accuracy_at_chosen_k']:.1f} %" in text
         assert f"{run['seconds'] / 60:.0f} minutes on one core" in text
+    methods = json.loads((ROOT / "benchmarks/results/throughput-cpu.json").read_text())["methods"]
+    faster = [methods[name]["ratios"]["step/lightly tuned"]["ratio"] for name in ("simclr", "byol")]
+    assert "is {:.1f} (SimCLR) and {:.1f} (BYOL) times as fast".format(*faster) in " ".join(
+        TEXT.split()
+    )
     runs = json.loads((ROOT / "benchmarks/results/suspects-cpu.json").read_text())["runs"]
     share = mean(run["found"] / run["flipped"] for run in runs)
     assert f"lists all, and {100 * share:.0f} % within as many first rows" in " ".join(TEXT.split())
