@@ -336,8 +336,8 @@ def two_views(images, view=PHOTO_VIEW, size=None, mean=0.0, std=1.0):
     """
     n, channels, height = images.shape[:3]
     size = size or height
-    # On a CPU small parts stay in its cache; on a GPU one large part launches fewer kernels. From
-    # two images on, color_jitter has all places of the hue.
+    # On a CPU small parts stay in its cache; on a GPU one large part launches fewer kernels. With
+    # two images or more, a part has all four places of the hue in color_jitter.
     parts = math.ceil(n * size**2 / 65536) if images.device.type == "cpu" else 1
     parts = max(1, min(parts, n // 2))
     # Channels last.
@@ -475,7 +475,7 @@ def main(args):
     import common
 
     common.check(0 <= (args.ema or 0) <= 1, f"--ema {args.ema} must be from 0 to 1")
-    # Unset flags take the recipe of the data set and depend on the number of its images.
+    # Fills unset flags from the recipe and the number of images; joins torchrun's processes.
     args, images, device, amp_dtype = common.start(args, RECIPES)
     if args.ema is None:
         steps = args.epochs * (len(images.train) // args.batch_size)

@@ -328,8 +328,8 @@ def two_views(images, view=PHOTO_VIEW, size=None, mean=0.0, std=1.0):
     """
     n, channels, height = images.shape[:3]
     size = size or height
-    # On a CPU small parts stay in its cache; on a GPU one large part launches fewer kernels. From
-    # two images on, color_jitter has all places of the hue.
+    # On a CPU small parts stay in its cache; on a GPU one large part launches fewer kernels. With
+    # two images or more, a part has all four places of the hue in color_jitter.
     parts = math.ceil(n * size**2 / 65536) if images.device.type == "cpu" else 1
     parts = max(1, min(parts, n // 2))
     # Channels last.
@@ -439,7 +439,7 @@ def main(args):
     """Train with the arguments, write the run folder, and return its path."""
     import common
 
-    # Unset flags take the recipe of the data set and depend on the number of its images.
+    # Fills unset flags from the recipe and the number of images; joins torchrun's processes.
     args, images, device, amp_dtype = common.start(args, RECIPES)
     view = choose_view(args.augment, images.gray, images.size)
 

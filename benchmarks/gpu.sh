@@ -10,20 +10,18 @@
 # and stopped runs are resumed. lightly is compared if it is installed.
 
 cd "$(dirname "$0")/.." || exit
-data=${DATA:-data} out=${OUT:-runs/gpu} end=$((SECONDS + 1500))
+data=${DATA:-data} end=$((SECONDS + 1500))
+out=${OUT:-runs/gpu${SSL_TEST_DEVICE:+-rehearsal}}
 flags="--batch-size 512" speed=() extra=--compile
+mkdir -p "$out"
 if [ "$SSL_TEST_DEVICE" = cpu ]; then
-    out=${OUT:-runs/gpu-rehearsal}
     small="--device cpu --encoder resnet10 --width 16 --batch-size 32"
     flags=$small speed=(--images 256 --warmup 1 --seconds 1 --blocks 1)
     extra="$small --epochs 1"
-fi
-mkdir -p "$out"
-if [ "$SSL_TEST_DEVICE" = cpu ] && [ ! -d "$out/data" ]; then
-    python -c "import sys; sys.path.insert(0, 'benchmarks'); import accuracy
+    [ -d "$out/data" ] || python -c "import sys; sys.path.insert(0, 'benchmarks'); import accuracy
 accuracy.first_of_each_class('$data', '$out/data', 20, 5)"
+    data=$out/data
 fi
-[ -d "$out/data" ] && data=$out/data
 
 part() {
     # NAME SECONDS COMMAND...

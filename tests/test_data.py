@@ -487,6 +487,7 @@ def test_group_on_both_sides_of_the_split(scans, tmp_path, capsys):
     "lines, says",
     [
         (["file,label", "00.png,a", "99.png,b"], "line 3: '99.png' is not an image"),
+        (["file,label", "", "99.png,b"], "line 3: '99.png' is not an image"),
         (["file,label", "00.png,a", "./00.png,b"], "line 3: '00.png' is listed twice"),
         (["file,label", "00.png,", "01.png, "], "the column label is empty"),
         (["name,label", "00.png,a"], "columns file and label in line 1, not ['name', 'label']"),

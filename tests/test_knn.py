@@ -577,6 +577,15 @@ def test_tiny_and_collapsed_features(run_cli, tmp_path, n, dim, classes, scale):
         assert done.status == 0 and done.err == "" and not done.warnings, done
 
 
+def test_files_with_little_in_them(run_cli, tmp_path):
+    """A single image without labels, and a meta that names a data set alone, are evaluated."""
+    np.savez(tmp_path / "one.npz", train_features=np.ones((1, 5)))
+    assert run_cli(knn_eval, tmp_path / "one.npz").status == 0
+    write(tmp_path / "own.npz", meta=np.array(json.dumps(dict(dataset="digits"))))
+    done = run_cli(knn_eval, tmp_path / "own.npz", "--ks", 5)
+    assert done.status == 0 and "no pictures" in done.out
+
+
 MISTAKES = {
     "missing array": (dict(train_features=None), [], "train_features"),
     "text": (dict(train_features=np.full((160, 8), "a")), [], "a.npz"),
