@@ -16,8 +16,9 @@ arm A also from the same heads.
 - arm B: our own recipe, `python METHOD.py` with the encoder, batch size and epochs above.
 - Controls: the untrained encoder, raw pixels, shuffled labels (of arm A's features), and a bug
   planted in arm A that the protocol must notice: BYOL without predictor, Barlow Twins with
-  lambda 0. Also recorded: how far three updates of both sides on the same views are apart, which
-  shows SimCLR's single forward over both views (lightly has one for each).
+  lambda 0. Also recorded: how far three updates of both sides on the same views are apart, for
+  SimCLR also where lightly's side runs both views as one batch, as ours does: lightly has a forward
+  for each view, so its batch normalization sees half as many images.
 
 The result is the mean difference over at least 5 seeds with its 95 % t-interval. A method is
 "equal" only if the 90 % interval lies within 1 point of zero, which is the two one-sided tests'
@@ -101,8 +102,11 @@ def optimizer_for(network, scale=1):
     return torch.optim.SGD(params, lr=0.0, momentum=0.9, weight_decay=5e-4 / scale)
 
 
-def lightly_side(method, seed):
-    """The encoder, and step(pair of views, lr) by lightly's public API."""
+def lightly_side(method, seed, one_forward=False):
+    """The encoder, and step(pair of views, lr) by lightly's public API.
+
+    one_forward: both views in one forward, which is not how lightly does it.
+    """
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
     encoder, projector, predictor = start(method, seed)
@@ -115,7 +119,7 @@ def lightly_side(method, seed):
         if predictor:
             update_momentum(online, target, m=OWN[method]["ema"])
         with torch.autocast("cpu", amp_dtype, amp_dtype is not None):
-            out = [online(v) for v in pair]
+            out = online(torch.cat(pair)).chunk(2) if one_forward else [online(v) for v in pair]
             if predictor:
                 out = [*map(predictor, out), *(target(v).detach() for v in pair)]
             loss = loss_of(out)
@@ -175,9 +179,9 @@ def our_pairs(method, seed, images):
     return pairs
 
 
-def update_difference(method, images):
+def update_difference(method, images, **how):
     """Relative difference of three updates of both sides on the same views, in float32."""
-    sides = lightly_side(method, 1), our_side(method, 1)
+    sides = lightly_side(method, 1, **how), our_side(method, 1)
     before = weights(start(method, 1)[0])
     for pair in itertools.islice(our_pairs(method, 1, images)(0), 3):
         for _, step in sides:
@@ -250,7 +254,10 @@ def main(args):
         for seed, method, side in itertools.product(args.seeds, args.methods, args.sides):
             if (method, "update", 1) not in done:
                 done.add((method, "update", 1))
-                record(method, "update", 1, dict(difference=update_difference(method, images)))
+                apart = dict(difference=update_difference(method, images))
+                if method == "simclr":
+                    apart["one_forward"] = update_difference(method, images, one_forward=True)
+                record(method, "update", 1, apart)
             if ("untrained", "control", seed) not in done:
                 done.add(("untrained", "control", seed))
                 encoder = start("simclr", seed)[0]
