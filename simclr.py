@@ -277,9 +277,12 @@ def gaussian_blur(x, sigma, size):
 
 
 def augment(images, view, size):
-    """Two random views of uint8 images [N, C, H, W]: float32 [2, N, C, size, size] in [0, 1]."""
+    """Two random views of uint8 images [N, C, H, W]: float32 [2N, C, size, size] in [0, 1].
+
+    They come in the random order that color_jitter needs, and with it: order [2N] holds i for the
+    first view of image i, N + i for its second.
+    """
     n, m = len(images), 2 * len(images)
-    # All 2N views in one batch, in random order as color_jitter needs it; undone at the end.
     order = torch.rand(m, device=images.device).argsort()
     x = images[order % n] / 255
 
@@ -317,7 +320,7 @@ def augment(images, view, size):
         # The same in all channels.
         noise = uniform(x, 0, view.noise, m, 1, 1, 1) * torch.randn_like(x[:, :1])
         x = (x + noise).clamp_(0, 1)
-    return x[order.argsort()].unflatten(0, (2, n))
+    return x, order
 
 
 @torch.no_grad()
@@ -335,7 +338,8 @@ def two_views(images, view=PHOTO_VIEW, size=None, mean=0.0, std=1.0):
     # Channels last.
     pair = torch.empty(2, n, size, size, channels, device=images.device).movedim(4, 2)
     for part, out in zip(images.tensor_split(parts), pair.tensor_split(parts, dim=1)):
-        out.copy_(augment(part, view, size)).sub_(mean).div_(std)
+        x, order = augment(part, view, size)
+        out[order // len(part), order % len(part)] = (x - mean) / std
     return pair.unbind()
 
 

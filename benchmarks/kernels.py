@@ -61,7 +61,7 @@ class Count(TorchDispatchMode):
         if not function.is_view and name not in FREE:
             # What is only written counts once.
             inputs = [value for key, value in (kwargs or {}).items() if key != "out"]
-            inputs += args[1:] if name == "copy_" else args
+            inputs += args[1:] if name in ("copy_", "index_put_") else args
             tensors = [t for t in tree_leaves([inputs, result]) if torch.is_tensor(t)]
             # An operator on a list of tensors, as of the optimizer, is one kernel.
             self.kernels[name] += 1
