@@ -496,16 +496,14 @@ def _list_folder(root, table):
         groups[i].append(row.get("group") or name)
     check(files[0], f"--data-dir {str(root)!r}: no images found, in train/ if there is one")
     class_names = sorted({*labels[0]} - {None})
-    one = (
-        f"--data-dir {str(root)!r}: only one class, {class_names}; label images of another, or none"
-    )
-    check(len(class_names) != 1, one)
+    # A single class says nothing, as in train/images/*.
+    class_names = class_names if len(class_names) > 1 else []
     unknown = {*labels[1]} - {None, *class_names}
     check(not unknown or not class_names, f"train/ lacks classes of test images: {[*unknown][:5]}")
-    unlabelled = labels[0].count(None)
+    unlabelled = sum(name not in class_names for name in labels[0])
     if unlabelled and RANK == 0:
         hint = f"the others are of {len(class_names)} classes: {', '.join(class_names[:10])}"
-        hint = hint if class_names else "label them by folders train/<class>/ or by --labels"
+        hint = hint if class_names else "label them by two folders train/<class>/ or by --labels"
         print(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
     if any(others.values()) and RANK == 0:
         ignored = ", ".join(f"{n} {key}" for key, n in others.items() if n)
