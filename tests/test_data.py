@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import struct
 import threading
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torchvision
 from conftest import flags
@@ -347,41 +347,14 @@ def test_odd_files_are_named(photos, tmp_path):
     """Files that differ in depth, or whose bits, channels or frames Pillow drops, are named."""
     root = shutil.copytree(photos, tmp_path / "photos")
     write(root / "train/class 0/deep.tif", twelve_bits()[0])
-    extra = np.dstack([noise(8, 8, 3), noise(8, 8, 2)])
-    write_tiff(root / "train/class 0/five.tif", extra)
-    write_tiff(root / "train/class 0/color16.tif", np.uint16(16) * noise(8, 8, 3))
+    for name, image in dict(five=noise(8, 8, 5), color16=np.uint16(noise(8, 8, 3))).items():
+        tifffile.imwrite(root / f"train/class 0/{name}.tif", image, photometric="rgb")
     with pytest.raises(common.UserError) as error:
         load(root)
-    lines = str(error.value).splitlines()
-    says = [
-        "color16.tif",
-        "Pillow drops",
-        "deep.tif",
-        "more than 8 bits",
-        "five.tif",
-        "Pillow drops",
-    ]
-    assert len(lines) == 3
-    for line, (name, words) in zip(lines, zip(says[::2], says[1::2])):
-        assert name in line and words in line
-
-
-def write_tiff(path, array):
-    """A little-endian TIFF of color images with more channels or bits than Pillow writes."""
-    height, width, channels = array.shape
-    entries = [(256, 3, [width]), (257, 3, [height]), (258, 3, [8 * array.itemsize] * channels)]
-    entries += [(259, 3, [1]), (262, 3, [2]), (273, 4, [1000]), (277, 3, [channels])]
-    entries += [(278, 3, [height]), (279, 4, [array.nbytes])]
-    if channels > 3:
-        entries.append((338, 3, [0] * (channels - 3)))
-    table, more = struct.pack("<H", len(entries)), b""
-    for tag, kind, values in entries:
-        data = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
-        if len(data) > 4:
-            data, more = struct.pack("<I", 500 + len(more)), more + data
-        table += struct.pack("<HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
-    head = (b"II*\0" + struct.pack("<I", 8) + table + bytes(4)).ljust(500, b"\0")
-    path.write_bytes((head + more).ljust(1000, b"\0") + array.tobytes())
+    color16, deep, five = str(error.value).splitlines()
+    assert "color16.tif" in color16 and "Pillow drops" in color16
+    assert "deep.tif" in deep and "more than 8 bits" in deep
+    assert "five.tif" in five and "Pillow drops" in five
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 32])
