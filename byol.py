@@ -71,7 +71,7 @@ class Args:
     init: str | None = None
     """start from an encoder.pt, a state dict with torchvision's keys, or imagenet"""
     width: int | None = None
-    """channels of the encoder's first stage (64 is torchvision's)"""
+    """channels of the encoder's first stage, at least 16 (64 is torchvision's)"""
     # method
     ema: float | None = None
     """decay of the target network, at the start if it rises (unset: higher in longer runs)"""
@@ -93,7 +93,7 @@ class Args:
     weight_decay: float | None = None
     """weight decay, not applied to biases and norms"""
     warmup_epochs: float | None = None
-    """epochs of linear warm-up before the cosine decay (of shorter runs, a tenth)"""
+    """epochs of linear warm-up before the cosine decay (a tenth of a run that is shorter)"""
     # evaluation
     eval_every: int = 10
     """epochs between kNN evaluations on the test split (0: only the last epoch)"""
@@ -337,6 +337,7 @@ def two_views(images, view=PHOTO_VIEW, size=None, mean=0.0, std=1.0):
 
     Values are (view in [0, 1] - mean) / std. Every image draws its own parameters.
     """
+    assert images.dtype == torch.uint8, f"two_views needs uint8 images, not {images.dtype}"
     n, channels, height = images.shape[:3]
     size = size or height
     # On a CPU small parts stay in its cache; on a GPU one large part launches fewer kernels. With
@@ -347,7 +348,9 @@ def two_views(images, view=PHOTO_VIEW, size=None, mean=0.0, std=1.0):
     pair = torch.empty(2, n, size, size, channels, device=images.device).movedim(4, 2)
     for part, out in zip(images.tensor_split(parts), pair.tensor_split(parts, dim=1)):
         x, order = augment(part, view, size)
-        out[order // len(part), order % len(part)] = (x - mean) / std
+        # Back into the order of the images: view 0 or 1, image.
+        out[order // len(part), order % len(part)] = x
+        out.sub_(mean).div_(std)
     return pair.unbind()
 
 
@@ -443,10 +446,11 @@ def make_optimizer(network, weight_decay):
     params = [p for p in network.parameters() if p.requires_grad]
     decayed = dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay)
     other = dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)
-    # A fused optimizer skips fp16's overflowing steps without waiting for the GPU.
+    # Another optimizer takes the place of all lines from here on. A fused one skips the steps in
+    # which fp16 overflows without waiting for the GPU.
     optimizer = torch.optim.SGD([decayed, other], lr=0.0, momentum=0.9, fused=True)
     for p in params:
-        # For SGD only: fused, it leaves its momentum uninitialized if the first step is skipped.
+        # Fused SGD leaves its momentum uninitialized if the first step is skipped.
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
@@ -487,7 +491,8 @@ def main(args):
     view = choose_view(args.augment, images.gray, images.size)
 
     common.seed_draws(args.seed, "weights")
-    # With --init, the weights and images.mean and images.std are those of that encoder.
+    # Any module from images to features and its number of features; --encoder, --width and --init
+    # work for this one. With --init, images.mean and images.std become those of its weights.
     encoder, feature_dim = common.start_encoder(args, images)
     network = BYOL(
         encoder, feature_dim, args.hidden_dim, args.projection_dim, args.projection_layers

@@ -140,7 +140,8 @@ def resolve(args, recipes, n=None):
     check(args.batch_size % WORLD_SIZE == 0, f"{message}, the number of processes")
     check(args.run_dir or not args.resume, "--resume needs --run-dir, the folder of the run")
     low, high = args.window or (0, 1)
-    check(low < high, f"--window {low} {high}: the first must be below the second")
+    finite = -math.inf < low < high < math.inf
+    check(finite, f"--window {low} {high}: the first must be below the second, both finite")
     return args
 
 
@@ -317,8 +318,9 @@ def load_images(
         image_size = image_size or min(224, *arrays[0].shape[1:3])
         deep = arrays[0].dtype != np.uint8
         check(deep or not window, "--window is for images with more than 8 bits")
-        window = window or (choose_window(arrays[0], root) if deep else None)
-        images = [_squares(array, image_size, window, fit) for array in arrays]
+        window = window or (choose_window(arrays[0]) if deep else None)
+        with user_errors(f"cannot use {data_dir!r}", ValueError):
+            images = [_squares(array, image_size, window, fit) for array in arrays]
     check(len(images[0]), f"--data-dir {data_dir!r} has no training images")
     both = {*extra.get("train_groups", ())} & {*extra.get("test_groups", ())}
     if both and RANK == 0:
@@ -365,17 +367,18 @@ def sample_pixels(values, n):
     return np.ravel(values)[np.random.default_rng(0).integers(np.size(values), size=n)]
 
 
-def choose_window(values, source):
-    """The 0.1 and 99.9 percentile of a sample of the pixels of a source."""
+def choose_window(values):
+    """The 0.1 and 99.9 percentile of a sample of the pixels."""
     low, high = np.percentile(sample_pixels(values, 10**6), (0.1, 99.9)).tolist()
-    check(math.isfinite(high - low), f"{str(source)!r} holds values that are not finite")
     return low, max(high, low + 1e-6)
 
 
 def to_uint8(values, window):
-    """Map the window (low, high) of an array of pixels to 0..255; None keeps 8 bits."""
+    """Map the window (low, high) of an array of finite pixels to 0..255; None keeps 8 bits."""
     if window is None:
         return values
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
     low, high = window
     shares = (values.astype(np.float32) - low) / (high - low)
     return np.rint(255 * shares.clip(0, 1)).astype(np.uint8)
@@ -430,11 +433,11 @@ def _npz(dataset, path):
     first, images, labels, extra = arrays["train_images"], [], [], {}
     for part in parts:
         x = arrays.get(f"{part}_images", first[:0] if first.ndim else first)
-        form = f"{str(path)!r}: {part}_images must be numbers [N, H, W] or [N, H, W, C], C up to 32"
+        form = f"{str(path)!r}: {part}_images must be numbers [N, H, W] or [N, H, W, C], H and W"
         fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] <= 32)
-        fits = fits and x.dtype.kind in "uif"
+        fits = fits and min(x.shape[1:3]) >= 4 and x.dtype.kind in "uif"
         fits = fits and x.dtype == first.dtype and x.shape[3:] == first.shape[3:]
-        check(fits, f"{form}, alike for training and test, not {x.dtype} {list(x.shape)}")
+        check(fits, f"{form} from 4, C to 32, as in train_images, not {x.dtype} {list(x.shape)}")
         y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
         form = f"{str(path)!r}: {part}_labels must be {len(x)} integers, -1 for unlabelled"
         fits = y.dtype.kind in "iu" and len(y) == len(x) and y.min(initial=0) >= -1
@@ -468,7 +471,10 @@ def _image_files(root):
 
     check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
     found = make_dataset(str(root), {"": 0}, is_valid_file=is_image, allow_empty=True)
-    return [os.path.relpath(path, root) for path, _ in found], others
+    names = [os.path.relpath(path, root) for path, _ in found]
+    with user_errors(f"--data-dir {str(root)!r}: rename files, their names must be UTF-8"):
+        "".join(names).encode()
+    return names, others
 
 
 def _list_folder(root, table):
@@ -486,9 +492,7 @@ def _list_folder(root, table):
         row, parts = rows.get(name, {}), Path(name).parts
         i = part_of.get(row.get("split") or (parts[0] if layout else "train"))
         if i is None:
-            others[
-                "images outside of train/ and test/ (those in train/ itself train unlabelled)"
-            ] += 1
+            others[f"images in {parts[0] if len(parts) > 1 else 'it'}, not in train or test"] += 1
             continue
         folder = parts[1] if layout and len(parts) > 2 else None
         files[i].append(name)
@@ -527,6 +531,8 @@ def _read_table(path, names):
     check(known, f"--labels {path!r} needs the columns file and label in line 1, not {columns}")
     rows, names, mistakes = {}, {*names}, []
     for number, row in lines:
+        if None in row:
+            mistakes.append(f"line {number}: more values than columns")
         row = {key: value.strip() for key, value in row.items() if isinstance(value, str)}
         name, split = os.path.normpath(row.get("file") or ""), row.get("split") or "train"
         if name not in names:
@@ -557,7 +563,7 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
                 values.append(sample_pixels(np.asarray(image, np.float32), 10**4))
     deep = len(values) > len(sizes) / 2
     check(deep or not window, "--window is for images with more than 8 bits")
-    window = window or (choose_window(np.concatenate(values), root) if deep else None)
+    window = window or (choose_window(np.concatenate(values)) if deep else None)
     low, high = np.array(sizes or [(224, 224)]).T
     kept = (low / high).mean()
     if fit == "crop" and kept < 0.5 and RANK == 0:
@@ -567,7 +573,8 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
     side = max(image_size, min(image_size * 3 // 2, usual))
     with user_errors("cannot read an image; fix or delete it", OSError):
         stats = [os.stat(root / name) for name in names]
-    facts = [side, fit, window, names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    facts = [str(root.resolve()), side, fit, window, names]
+    facts.append([(stat.st_size, stat.st_mtime_ns) for stat in stats])
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.npy"
     with user_errors(f"cannot use {str(path)!r} in --cache-dir", (OSError, ValueError)):
@@ -623,9 +630,11 @@ def read_image(path, side, window=None, fit="crop"):
         # MPO: a photograph with another of its views.
         if frames > 1 and image.format != "MPO":
             raise ValueError(f"{frames} frames; save each as a file")
-        samples = image.tag_v2.get(277, bands) if image.format == "TIFF" else bands
-        deep = image.mode[0] in "IF"
-        if samples != bands or (";16" in str(image.tile) and not deep):
+        # Of TIFF: samples per pixel, and the bits of each.
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        samples, bits = tags.get(277, bands), max(tags.get(258, (8,)))
+        deep, wide = image.mode[0] in "IF", bits > 8 or re.search(";16|'ppm'", str(image.tile))
+        if samples != bands or (wide and not deep):
             raise ValueError("Pillow drops channels or bits; use --dataset npz")
         if deep != (window is not None):
             raise ValueError(f"{'more than ' * deep}8 bits, unlike the other images")
@@ -856,15 +865,24 @@ def knn_monitor(encoder, images, k):
     labelled = len(rows) > 1
     if not labelled:
         rows = np.arange(0, len(labels), math.ceil(len(labels) / 2048))
-    train, test = embed(encoder, images, "train", rows), None
-    record, truth = dict(effective_rank=effective_rank(train)), labels[rows]
-    if labelled:
-        if len(test_rows):
-            test, truth = embed(encoder, images, "test", test_rows), test_labels[test_rows]
-        # More neighbors than a class has images would outvote it.
-        k = max(1, min(k, np.bincount(labels[rows]).max() - (test is None)))
+    train, known = embed(encoder, images, "train", rows), labels[rows]
+    record, groups = dict(effective_rank=effective_rank(train)), None
+    if not labelled:
+        return record
+    # More neighbors than a class has images would outvote it.
+    most = np.bincount(known).max()
+    if len(test_rows):
+        test, truth = embed(encoder, images, "test", test_rows), test_labels[test_rows]
+    else:
+        # Each training image is predicted from those of other groups.
+        test, truth = None, known
+        groups = images.extra.get("train_groups", np.arange(len(labels)))[rows]
+        others = len(rows) - np.unique(groups, return_counts=True)[1].max()
+        most = min(max(1, most - 1), others)
+    if most:
+        k = min(k, most)
         device = images.mean.device if images.mean.is_cuda else None
-        predicted = knn_sweep(train, labels[rows], test, [k], device=device)[k]
+        predicted = knn_sweep(train, known, test, [k], device=device, groups=groups)[k]
         record["knn_acc"] = float((predicted == truth).mean())
     return record
 
@@ -944,6 +962,8 @@ class Run:
         "run_dir resume device precision compile deterministic data_dir cache_dir eval_every "
         "checkpoint_every knn_k track wandb_project labels"
     ).split()
+    # And these: a run can be ended early or prolonged; unset, the others depend on the epochs.
+    PROLONGED = ("epochs", "warmup_epochs", "ema")
 
     # In a notebook the process lives on after an error, and may resume the run.
     lock = None
@@ -1003,7 +1023,7 @@ class Run:
         for key, value in self.facts.items():
             old = checkpoint["facts"].get(key)
             message = f"cannot resume {str(self.dir)!r}: {key} was {old} and is {value}"
-            check(old == value, message)
+            check(old == value or key in self.PROLONGED, message)
         self.first_step, self.wandb_id = checkpoint["step"], checkpoint["wandb_id"]
         self.totals.copy_(checkpoint["totals"])
         for name, module in self.state.items():
@@ -1047,8 +1067,8 @@ class Run:
             return
         seed_draws(self.args.seed, "picture")
         train = self.images.train
-        # Spread over the data set: the images may be sorted by class.
-        sample = train[:: math.ceil(len(train) / 8)].to(self.device)
+        # At random: the images may be sorted by class.
+        sample = train[torch.randperm(len(train))[:8]].to(self.device)
         columns = [square(sample, self.images.size).float() / 255]
         columns += [view for _ in range(3) for view in draw(sample)]
         rows = torch.stack(columns, 1).flatten(0, 1)
@@ -1144,12 +1164,9 @@ class Run:
         with user_errors(f"cannot write {str(self.log_path)!r}", OSError):
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-        shown = [
-            key
-            for key in ("epoch", "loss", "samples_per_sec", "effective_rank", "knn_acc")
-            if key in record
-        ]
-        tqdm.write("  ".join(f"{key} {record[key]:.4g}" for key in shown))
+        shown = ("loss", "samples_per_sec", "effective_rank", "knn_acc")
+        values = [f"{key} {record[key]:.4g}" for key in shown if key in record]
+        tqdm.write("  ".join([f"epoch {record['epoch']} of {self.args.epochs}", *values]))
         # Through a pipe, as on Colab, lines would otherwise appear late.
         sys.stdout.flush()
         self.tracker.log(record)
@@ -1183,7 +1200,7 @@ class Run:
         if RANK:
             return self.dir
         images, args = self.images, self.args
-        if not args.epochs:
+        if not args.epochs and not self.first_step:
             # A later --resume compares its arguments.
             self._save(-1)
             self._log(dict(epoch=0, step=0, **knn_monitor(self.encoder, images, args.knn_k)))

@@ -270,7 +270,10 @@ def read_inputs(args):
     from common import check
 
     paths = map(Path, args.inputs or sorted(Path("runs").glob("*/embeddings.npz")))
-    inputs = [read_embeddings(p / "embeddings.npz" if p.is_dir() else p) for p in paths]
+    paths = [path / "embeddings.npz" if path.is_dir() else path for path in paths]
+    for path in paths:
+        check(path.exists(), f"{str(path)!r} does not exist; a run writes it at its end")
+    inputs = [read_embeddings(path) for path in paths]
     check(inputs, "no run under runs/ to evaluate; train one (python simclr.py) or name an .npz")
     sets = {str(entry.meta.get("dataset")) for entry in inputs}
     for entry in inputs:
@@ -367,8 +370,9 @@ TABLES = dict(knn="k", labels="labels per class", probe="labels per class, logis
 WORDS = ("all", "chosen k")
 # Files of an earlier evaluation in the same folder that must not stay next to the new ones.
 KNOWN = (
-    "labels.csv labels.png probe.csv probe.png suspects.csv neighbors.png embedding_2d.png".split()
-)
+    "knn.csv knn.png labels.csv labels.png probe.csv probe.png suspects.csv neighbors.png "
+    "embedding_2d.png"
+).split()
 
 
 def vote(args, *data, **options):
@@ -543,7 +547,7 @@ def draw_neighbors(entry, get, args):
         numbers = ["", *(f" {closeness(distance, args):.2f}" for distance in distances[i])]
         for j, image in enumerate(visible(np.concatenate([get(chosen[[i]]), get(train[near])]))):
             axes[i, j].imshow(image)
-            axes[i, j].set_title(next(names) + numbers[j], fontsize=8, parse_math=False)
+            axes[i, j].set_title(next(names) + numbers[j], fontsize=8)
             color = "0.7" if unknown else "tab:green" if good[j] else "tab:red"
             axes[i, j].spines[:].set(color=color, linewidth=3)
     for ax in axes.flat:
@@ -577,8 +581,7 @@ def draw_embedding(entry, get, args):
     colors = [*colormaps["tab10" if len(classes) <= 10 else "tab20"].colors] * len(classes)
     for i, label in enumerate(classes):
         colors[i] = "0.7" if label == -1 else colors[i]
-        # An unescaped $ starts a formula.
-        title = entry.class_name(label).replace("$", r"\$") or "unlabelled"
+        title = entry.class_name(label) or "unlabelled"
         axes.scatter(*points[ids == i].T, s=8, color=colors[i], label=title)
     if get:
         # One image in each cell of a grid of 20 x 20.
@@ -608,7 +611,8 @@ def draw_curves(summary, xlabel):
         x = [label for label in cells if label not in WORDS]
         mean, std = 100 * np.array([cells[label] for label in x]).reshape(-1, 2).T
         axes.plot(x, mean, style, marker=".", color=color, label=column)
-        axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+        top = (mean + std).clip(max=100)
+        axes.fill_between(x, mean - std, top, color=color, alpha=0.15, linewidth=0)
         ticks |= {*x}
     axes.set(xscale="log", xlabel=xlabel, ylabel="accuracy in %, band: standard deviation")
     axes.set_xticks([*ticks], [*ticks])
@@ -722,6 +726,8 @@ def report(results, args):
 
 def main(args):
     """Evaluate every input, then write the files. Returns the results."""
+    from matplotlib import rc_context
+
     from common import Tracker, atomic_write, check, pick_device, user_errors
 
     ks = f"--ks {' '.join(map(str, args.ks))}"
@@ -753,11 +759,13 @@ def main(args):
     inputs = runs + [pixels_of(name, entry, args) for name, entry in sources.items()]
     # Compute everything before writing anything: a failure leaves earlier files as they are.
     results = [evaluate(entry, args) for entry in inputs]
-    files = report(results, args)
-    for entry in runs:
-        # A folder for each of several runs.
-        place = re.sub(r"[^\w-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
-        files |= {place + name: content for name, content in details(entry, args).items()}
+    # A $ in a name starts no formula.
+    with rc_context({"text.parse_math": False}):
+        files = report(results, args)
+        for entry in runs:
+            # A folder for each of several runs.
+            place = re.sub(r"[^\w-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
+            files |= {place + name: content for name, content in details(entry, args).items()}
     with user_errors(failed, OSError):
         for old in (folder / name for name in KNOWN if name not in files):
             old.unlink(missing_ok=True)

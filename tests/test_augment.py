@@ -184,12 +184,14 @@ def test_flip_grayscale_solarize_equal_torchvision(squares, name):
 
 
 def test_augment_none_gives_two_identical_views(squares, method):
-    """--augment none: the image itself, normalized."""
+    """--augment none: the image itself, normalized, in float32 as well by a float64 mean."""
     view = method.choose_view("none", False, 40)
-    mean, std = torch.rand(3, 1, 1), 0.1 + torch.rand(3, 1, 1)
+    mean, std = torch.rand(2, 3, 1, 1, dtype=torch.float64) + 0.1
     v1, v2 = method.two_views(squares, view, mean=mean, std=std)
     assert torch.equal(v1, v2)
-    torch.testing.assert_close(v1, (squares.float() / 255 - mean) / std)
+    torch.testing.assert_close(v1, ((squares.double() / 255 - mean) / std).float())
+    with pytest.raises(AssertionError, match="needs uint8 images, not torch.float32"):
+        method.two_views(squares / 255)
 
 
 @pytest.mark.parametrize("augment", ["photo", "symbol"])

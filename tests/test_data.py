@@ -183,7 +183,7 @@ def test_folder_layout(tmp_path, capsys, name):
     assert (note in out) == (name == "loose file in train")
     alone = name in ("tree", "one class")
     assert ("3 of 3 training images are unlabelled; label" in out) == alone
-    ignored = ", 1 images outside of train/ and test/ (" if name == "outside of train" else ""
+    ignored = ", 1 images in more, not in train or test" if name == "outside of train" else ""
     assert f"note: ignored in {str(tmp_path)!r}: 1 .txt{ignored}" in out
     files = [*images.extra["train_files"], *images.extra["test_files"]]
     for file, image in zip(files, torch.cat([images.train, images.test])):
@@ -212,6 +212,14 @@ def test_folder_of_links(photos, tmp_path):
     (tmp_path / "train" / "b" / "gone.png").symlink_to("nowhere.png")
     with pytest.raises(common.UserError, match="gone.png"):
         load(tmp_path)
+
+
+def test_names_that_are_not_utf8_are_refused(refused, tmp_path):
+    """As of an old archive; they could not be written to a table."""
+    write(tmp_path / "photos/a.png", noise(8, 8))
+    os.rename(tmp_path / "photos/a.png", os.fsencode(tmp_path / "photos") + b"/\xff.png")
+    words = flags(dataset="folder", data_dir=tmp_path / "photos")
+    refused(simclr, *words, says=["must be UTF-8"])
 
 
 def write_modes(root):
@@ -301,7 +309,7 @@ def test_12_bits_use_the_whole_range(tmp_path, kind):
     low, high = np.percentile(arrays, (0.1, 99.9))
     # On a frame of zeros, any sample of whole columns would be black.
     framed = np.pad(twelve_bits(1100, 24), [(0, 0), (4, 4), (4, 4)])
-    assert common.choose_window(framed, "")[1] > 4000
+    assert common.choose_window(framed)[1] > 4000
     assert images.window == pytest.approx((low, high), abs=2) and images.gray
     assert len(images.train.unique()) >= 200
     expected = ((arrays - low) / (high - low) * 255).clip(0, 255)
@@ -328,6 +336,7 @@ def test_window_flag(run_cli, tmp_path):
     "words, says",
     [
         (["--window", "5", "5"], "the first must be below the second"),
+        (["--window", "0", "inf"], "both finite"),
         (["--window", "0", "100"], "--window is for images with more than 8 bits"),
         (["--labels", "nowhere.csv"], "cannot read --labels 'nowhere.csv'"),
         (["--dataset", "digits", "--labels", "x.csv"], "--labels needs --dataset folder"),
@@ -347,14 +356,21 @@ def test_odd_files_are_named(photos, tmp_path):
     """Files that differ in depth, or whose bits, channels or frames Pillow drops, are named."""
     root = shutil.copytree(photos, tmp_path / "photos")
     write(root / "train/class 0/deep.tif", twelve_bits()[0])
-    for name, image in dict(five=noise(8, 8, 5), color16=np.uint16(noise(8, 8, 3))).items():
+    odd = dict(five=noise(8, 8, 5), color16=np.uint16(noise(8, 8, 3)))
+    for name, image in odd.items():
         tifffile.imwrite(root / f"train/class 0/{name}.tif", image, photometric="rgb")
+    planes = np.moveaxis(odd["color16"], 2, 0)
+    kind = dict(photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(root / "train/class 0/planes.tif", planes, **kind)
+    pixels = b"P6 8 8 65535\n" + odd["color16"].astype(">u2").tobytes()
+    (root / "train/class 0/wide.ppm").write_bytes(pixels)
     with pytest.raises(common.UserError) as error:
         load(root)
-    color16, deep, five = str(error.value).splitlines()
-    assert "color16.tif" in color16 and "Pillow drops" in color16
-    assert "deep.tif" in deep and "more than 8 bits" in deep
-    assert "five.tif" in five and "Pillow drops" in five
+    lines = str(error.value).splitlines()
+    for line, name in zip(lines, "color16.tif deep.tif five.tif planes.tif wide.ppm".split()):
+        says = "more than 8 bits" if name == "deep.tif" else "Pillow drops channels or bits"
+        assert name in line and says in line
+    assert len(lines) == 5
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 32])
@@ -461,6 +477,7 @@ def test_group_on_both_sides_of_the_split(scans, tmp_path, capsys):
         (["file,label", "00.png,", "01.png, "], "the column label is empty"),
         (["name,label", "00.png,a"], "columns file and label in line 1, not ['name', 'label']"),
         (["file,label,split", "00.png,a,dev", "01.png,b"], "split is 'dev'"),
+        (["file,label", "00.png,a,test", "01.png,b"], "line 2: more values than columns"),
         (["file,label"], "the column label is empty"),
         (["file;label", "00.png;a"], "not ['file;label']"),
     ],
@@ -614,6 +631,14 @@ def test_changed_folder_is_decoded_again(photos, tmp_path, change):
     assert torch.equal(images.train, fresh.train)
 
 
+def test_folders_of_the_same_name_and_times(tmp_path):
+    """As of two archives with the time set to 0: each has its own decoded file."""
+    for name, value in dict(a=10, b=200).items():
+        write(tmp_path / name / "photos/0.bmp", np.full((8, 8), value, np.uint8))
+        os.utime(tmp_path / name / "photos/0.bmp", ns=(0, 0))
+        assert load(tmp_path / name / "photos").train.unique() == value
+
+
 def test_killed_while_decoding(photos, monkeypatch):
     """A killed decoding leaves nothing under the final name, and the next start decodes."""
     read_image = common.read_image
@@ -684,7 +709,7 @@ def test_training_from_mapped_files_equals_memory(photos, tiny, monkeypatch):
 # ---------------------------------------------------------------- .npz files
 
 
-@pytest.mark.parametrize("shape", [(9, 9), (9, 9, 1), (9, 9, 3), (3, 9, 3), (20, 30), (250, 300)])
+@pytest.mark.parametrize("shape", [(9, 9), (9, 9, 1), (9, 9, 3), (4, 9, 3), (20, 30), (250, 300)])
 def test_npz_forms(tmp_path, shape):
     """Gray or color, of any size, becomes RGB center squares of at most 224 pixels."""
     train = noise(7, *shape)
@@ -714,9 +739,11 @@ MALFORMED = {
     "text": ("train_images", np.full((9, 8, 8), "a"), "<U1"),
     "other type": ("test_images", np.zeros((9, 8, 8), np.uint16), "test_images must be"),
     "other channels": ("test_images", noise(9, 8, 8, 2), "test_images must be"),
-    "33 channels": ("train_images", noise(9, 8, 8, 33), "C up to 32"),
+    "33 channels": ("train_images", noise(9, 8, 8, 33), "C to 32"),
+    "channels first": ("train_images", noise(9, 3, 8, 8), "H and W from 4"),
     "scalar": ("train_images", np.array(1), "train_images"),
     "nan": ("train_images", np.full((9, 8, 8), np.nan, np.float32), "not finite"),
+    "nan in a test image": ("test_images", np.full((9, 8, 8), np.nan, np.float32), "not finite"),
     "too few labels": ("train_labels", np.arange(8), "must be 9 integers"),
     "float labels": ("train_labels", np.zeros(9), "float64"),
     "one-hot labels": ("train_labels", np.eye(9, dtype=int), "[81]"),
@@ -731,6 +758,8 @@ def test_malformed_npz_is_one_error_line(refused, tmp_path, name):
     """The line names the file, the array and its fault."""
     key, value, says = MALFORMED[name]
     arrays = dict(train_images=noise(9, 8, 8), train_labels=np.arange(9))
+    if name == "nan in a test image":
+        arrays["train_images"] = np.float32(arrays["train_images"])
     arrays[key] = value
     if value is None:
         del arrays[key]
@@ -872,6 +901,20 @@ def test_knn_monitor_equals_scikit_learn(k, part):
         effective_rank=pytest.approx(knn_eval.effective_rank(x)),
         knn_acc=pytest.approx(expected, abs=1e-9),
     )
+
+
+def test_knn_monitor_leaves_groups_out():
+    """Without test images, the others of an image's group do not vote; one group has no others."""
+    images = common.load_images("digits")
+    images.train, images.test_labels = images.train.repeat(2, 1, 1, 1), images.test_labels[:0]
+    images.train_labels = torch.randint(0, 10, (1437,)).repeat(2)
+    found = {}
+    for name, groups in dict(own=np.arange(2874), twins=np.arange(2874) % 1437).items():
+        images.extra["train_groups"] = groups
+        found[name] = common.knn_monitor(torch.nn.Flatten(), images, 1)["knn_acc"]
+    assert found["own"] > 0.9 and found["twins"] < 0.2
+    images.extra["train_groups"] = np.zeros(2874)
+    assert "knn_acc" not in common.knn_monitor(torch.nn.Flatten(), images, 1)
 
 
 def test_knn_monitor_without_labels():

@@ -495,10 +495,13 @@ def test_other_options_go_to_another_folder(run_cli, tmp_path):
     found = knn_sweep(train, data["train_labels"], test, [5], vote="softmax")[5]
     (result,) = results(tmp_path / "knn-softmax-whiten")
     assert result["accuracy"] == (found == data["test_labels"]).mean()
-    # Without the table of few labels, an earlier one does not stay.
-    assert (tmp_path / "knn/labels.csv").exists()
+    # Tables that an evaluation does not make do not stay from an earlier one.
+    assert (tmp_path / "knn/labels.csv").exists() and (tmp_path / "knn/knn.csv").exists()
     run_cli(knn_eval, tmp_path, "--ks", 5, "--labels-per-class")
     assert not (tmp_path / "knn/labels.csv").exists()
+    write(tmp_path / "embeddings.npz", train_labels=None)
+    run_cli(knn_eval, tmp_path)
+    assert not (tmp_path / "knn/knn.csv").exists()
 
 
 def test_every_run_and_pixels(run_cli, refused, finished, monkeypatch):
@@ -578,16 +581,17 @@ def test_tiny_and_collapsed_features(run_cli, tmp_path, n, dim, classes, scale):
 
 
 def test_files_with_little_in_them(run_cli, tmp_path):
-    """A single image without labels, and a meta that names a data set alone, are evaluated."""
+    """A single image without labels; a meta with a data set alone; a name like a formula."""
     np.savez(tmp_path / "one.npz", train_features=np.ones((1, 5)))
     assert run_cli(knn_eval, tmp_path / "one.npz").status == 0
-    write(tmp_path / "own.npz", meta=np.array(json.dumps(dict(dataset="digits"))))
-    done = run_cli(knn_eval, tmp_path / "own.npz", "--ks", 5)
+    write(tmp_path / "a$^$b.npz", meta=np.array(json.dumps(dict(dataset="digits"))))
+    done = run_cli(knn_eval, tmp_path / "a$^$b.npz", "--ks", 5)
     assert done.status == 0 and "no pictures" in done.out
 
 
 MISTAKES = {
     "missing array": (dict(train_features=None), [], "train_features"),
+    "unfinished run": ({}, [Path(__file__).parent], "does not exist; a run writes it at its end"),
     "text": (dict(train_features=np.full((160, 8), "a")), [], "a.npz"),
     "float labels": (dict(test_labels=np.ones(60)), [], "a.npz"),
     "few labels": (dict(test_labels=np.ones(59, int)), [], "a.npz"),

@@ -197,8 +197,10 @@ def recorded(name, method):
 
 
 def test_figures_are_recorded():
-    """The first lines of each method, and the flipped labels found."""
-    for name in METHODS:
+    """The first lines of each recorded method, and the flipped labels found."""
+    methods = [name for name in METHODS if recorded("digits-cpu", name)]
+    assert len(methods) >= 3
+    for name in methods:
         text = " ".join(importlib.import_module(name).__doc__.split())
         runs = recorded("digits-cpu", name)
         few, full = (100 * mean(run["labels"][n] for run in runs) for n in ("1", "all"))
@@ -209,8 +211,8 @@ def test_figures_are_recorded():
         assert f"kNN accuracy {plain:.1f} %, {white:.1f} % with whitened features" in text
         assert f"raw pixels {100 * pixels['accuracy_at_chosen_k']:.1f} %" in text
         assert f"{run['seconds'] / 60:.0f} minutes on one core" in text
-    methods = json.loads((ROOT / "benchmarks/results/throughput-cpu.json").read_text())["methods"]
-    faster = [methods[name]["ratios"]["step/lightly tuned"]["ratio"] for name in ("simclr", "byol")]
+    speed = json.loads((ROOT / "benchmarks/results/throughput-cpu.json").read_text())["methods"]
+    faster = [speed[name]["ratios"]["step/lightly tuned"]["ratio"] for name in ("simclr", "byol")]
     assert "is {:.1f} (SimCLR) and {:.1f} (BYOL) times as fast".format(*faster) in " ".join(
         TEXT.split()
     )
