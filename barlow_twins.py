@@ -259,6 +259,7 @@ def color_jitter(x, factors, hue, order):
         part = x[rows]
         mean = part.mean((2, 3))[:, None] @ to_mean[rows, t]
         blended = torch.baddbmm(mean, matrices[rows, t], part.flatten(2)).view_as(part)
+        # part is a view of x, which changes here.
         torch.clamp(blended, 0, 1, out=part)
 
     # Blends before the hue: of all but the first quarter, of the last two, of the last.
@@ -454,7 +455,8 @@ def main(args):
     """Train with the arguments, write the run folder, and return its path."""
     import common
 
-    # Fills unset flags from the recipe and the number of images; joins torchrun's processes.
+    # Fills unset flags from the recipe and the number of images; joins torchrun's processes. images
+    # holds the data set as uint8, its size in pixels, its mean and std.
     args, images, device, amp_dtype = common.start(args, RECIPES)
     view = choose_view(args.augment, images.gray, images.size)
 

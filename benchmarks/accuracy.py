@@ -111,6 +111,7 @@ def main(args):
     for seed, method in itertools.product(args.seeds, ("untrained", *args.methods)):
         name = f"{method} {args.extra}".strip()
         if (name, seed) in done:
+            print(f"{name} seed {seed}: already in {args.output}")
             continue
         script = f"{args.methods[0] if method == 'untrained' else method}.py"
         flags = [*shlex.split(args.extra), "--seed", str(seed)]

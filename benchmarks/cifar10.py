@@ -83,6 +83,7 @@ def main(args):
     for method, seed in [("untrained", 1), *((m, s) for m in args.methods for s in args.seeds)]:
         name = f"{method} {args.extra}".strip()
         if (name, seed) in done:
+            print(f"{name} seed {seed}: already in {output}")
             continue
         script = "simclr.py" if method == "untrained" else f"{method}.py"
         flags = [*settings, *["--epochs", "0"] * (method == "untrained"), "--seed", str(seed)]

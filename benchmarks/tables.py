@@ -33,9 +33,10 @@ PLOTS = {
 NOISE = {"again/step": "full step / itself (noise)"}
 STEP = {"step/model": "full step / forward and backward only"}
 STEP |= {"variant/step": "bf16 / float32", **NOISE}
+COMPILED = {"variant/step": "compiled / eager", **NOISE}
 LIGHTLY = {"step/lightly shipped": "full step / lightly as shipped"}
 LIGHTLY |= {"step/lightly tuned": "full step / lightly, tuned"}
-LIGHTLY |= {"variant/step": "compiled / eager", **NOISE}
+LIGHTLY |= COMPILED
 
 
 @dataclass
@@ -239,6 +240,8 @@ def render(text):
     tables["digits_sweep"] = lambda: sweep(DIGITS)
     tables["cifar10_sweep"] = lambda: sweep(CIFAR10)
     tables["throughput"] = lambda: throughput("throughput-cpu-bf16", STEP)
+    tables["avx512"] = lambda: throughput("throughput-cpu-avx512", STEP)
+    tables["compiled"] = lambda: throughput("throughput-cpu-compile", COMPILED)
     tables["lightly"] = lambda: throughput("throughput-cpu", LIGHTLY)
 
     def table(found):
