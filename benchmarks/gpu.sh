@@ -12,14 +12,20 @@
 cd "$(dirname "$0")/.." || exit
 data=${DATA:-data} end=$((SECONDS + 1500))
 out=${OUT:-runs/gpu${SSL_TEST_DEVICE:+-rehearsal}}
-flags="--batch-size 512" speed=() extra=--compile
+flags="--batch-size 512" speed=() extra=--compile few=
 mkdir -p "$out"
+
+first() {
+    # FOLDER TRAIN TEST: links to the first images of every class.
+    [ -d "$1" ] || python -c "import sys; sys.path.insert(0, 'benchmarks'); import accuracy
+accuracy.first_of_each_class('$data', '$1', $2, $3)"
+}
+
 if [ "$SSL_TEST_DEVICE" = cpu ]; then
     small="--device cpu --encoder resnet10 --width 16 --batch-size 32"
     flags=$small speed=(--images 256 --warmup 1 --seconds 1 --blocks 1)
-    extra="$small --epochs 1"
-    [ -d "$out/data" ] || python -c "import sys; sys.path.insert(0, 'benchmarks'); import accuracy
-accuracy.first_of_each_class('$data', '$out/data', 20, 5)"
+    extra="$small --epochs 1" few=$extra
+    first "$out/data" 20 5
     data=$out/data
 fi
 
@@ -54,4 +60,13 @@ done
 for method in $methods; do
     part "cifar10-$method" 720 python benchmarks/cifar10.py --methods "$method" --data-dir "$data" \
         --extra="$extra" --runs "$out/cifar10" --output "$out/cifar10.jsonl"
+done
+# Default flags on few images.
+for n in 100 500; do
+    [ -d "$data/train" ] || break
+    first "$out/first$n" $n 1000
+    for method in $methods; do
+        part "few$n-$method" 400 python benchmarks/accuracy.py --methods "$method" --seeds 1 \
+            --extra="--dataset folder --data-dir $out/first$n $few" --output "$out/few$n.jsonl"
+    done
 done
