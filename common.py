@@ -400,8 +400,7 @@ def _digits(dataset, root):
 def _torchvision(dataset, root):
     import torchvision
 
-    lower = dataset.replace("_", "")
-    name = next(name for name in dir(torchvision.datasets) if name.lower() == lower)
+    name = dict(fashion_mnist="FashionMNIST").get(dataset, dataset.upper())
     splits = dict(train=True), dict(train=False)
     if dataset == "stl10":
         splits = dict(split="train+unlabeled"), dict(split="test")

@@ -123,6 +123,8 @@ def verdict(differences):
     word = "better" if center > half else "worse" if center < -half else "undecided"
     if abs(center) + narrow < 1:
         word = "equal"
+    # As the protocol has it.
+    word = word if n >= 5 else "too few seeds"
     return [f"{center:+.1f} ({center - half:+.1f} to {center + half:+.1f})", word]
 
 
