@@ -530,7 +530,7 @@ def _read_table(path, names):
     check(known, f"--labels {path!r} needs the columns file and label in line 1, not {columns}")
     rows, names, mistakes = {}, {*names}, []
     for number, row in lines:
-        if None in row:
+        if any(row.get(None, ())):
             mistakes.append(f"line {number}: more values than columns")
         row = {key: value.strip() for key, value in row.items() if isinstance(value, str)}
         name, split = os.path.normpath(row.get("file") or ""), row.get("split") or "train"

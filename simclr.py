@@ -412,8 +412,8 @@ def make_optimizer(network, weight_decay):
     params = [p for p in network.parameters() if p.requires_grad]
     decayed = dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay)
     other = dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)
-    # Another optimizer takes the place of all lines from here on. A fused one skips the steps in
-    # which fp16 overflows without waiting for the GPU.
+    # For another optimizer, replace all lines from here on. A fused one skips the steps in which
+    # fp16 overflows without waiting for the GPU.
     optimizer = torch.optim.SGD([decayed, other], lr=0.0, momentum=0.9, fused=True)
     for p in params:
         # Fused SGD leaves its momentum uninitialized if the first step is skipped.

@@ -497,7 +497,7 @@ def test_all_mistakes_of_a_table_are_named(refused, scans, tmp_path):
 
 def test_unlabelled_rows_of_a_table(scans, tmp_path):
     """An empty label is unlabelled, and keeps its split and group; spaces do not count."""
-    lines = ["00.png,a ,,x", "01.png, b,,y", "02.png, ,test,z"]
+    lines = ["00.png,a ,,x", "01.png, b,,y,", "02.png, ,test,z"]
     labels = table(tmp_path / "labels.csv", "file,label,split,group", *lines)
     images = common.load_images("folder", scans, labels=labels)
     assert images.class_names == ["a", "b"] and images.test_labels.tolist() == [-1]
