@@ -352,7 +352,7 @@ def pixels_of(name, entry, args):
     get = pictures(entry, args)
     check(get, f"--pixels: the images of {entry.name} cannot be loaded")
     entry = copy.deepcopy(entry)
-    entry.name = entry.column = f"pixels of {name}"
+    entry.name = entry.column = name
     entry.meta = {key: entry.meta.get(key) for key in ("dataset", "data_dir", "image_size")}
     for part in (entry.train, entry.test):
         # Of photographs, a thumbnail.
@@ -756,7 +756,10 @@ def main(args):
         if name and args.pixels:
             sources[name] = entry
     check(sources or not args.pixels, "--pixels needs a run: no input's meta names a data set")
-    inputs = runs + [pixels_of(name, entry, args) for name, entry in sources.items()]
+    inputs = list(runs)
+    for name, entry in sources.items():
+        name = f"pixels of {name}" if len(sources) > 1 else "pixels"
+        inputs.append(pixels_of(name, entry, args))
     # Compute everything before writing anything: a failure leaves earlier files as they are.
     results = [evaluate(entry, args) for entry in inputs]
     # A $ in a name starts no formula.

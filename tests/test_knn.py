@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy
+from conftest import flags
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import LeaveOneOut, cross_val_score
@@ -18,6 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import normalize
 
 import knn_eval
+import simclr
 from knn_eval import effective_rank, knn_sweep, whiten
 
 KS = (1, 2, 3, 4, 5, 10, 20, 50, 70, 100, 200, 500, 1000)
@@ -518,15 +520,20 @@ def test_every_run_and_pixels(run_cli, refused, finished, monkeypatch):
     train, test = (part.numpy().reshape(len(part), -1) for part in (images.train, images.test))
     found = knn_sweep(train, images.train_labels.numpy(), test, [1, 3])
     expected = {str(k): (found[k] == images.test_labels.numpy()).mean() for k in found}
-    byol, simclr, pixels = results("runs/knn")
-    source = byol["meta"]["data_dir"]
-    assert (byol["name"], pixels["column"]) == ("runs/byol", f"pixels of {source}")
+    byol, _, pixels = results("runs/knn")
+    assert (byol["name"], pixels["column"]) == ("runs/byol", "pixels")
     assert expected.items() <= pixels["tables"]["knn"].items()
     for name in ("byol", "simclr"):
         with Image.open(f"runs/knn/runs_{name}/neighbors.png") as picture:
             picture.load()
     # A second call does not take runs/knn for a run.
     assert run_cli(knn_eval, "--ks", 1).status == 0 and len(results("runs/knn")) == 2
+    # Of two data sets, the pixels of each.
+    words = dict(epochs=0, encoder="resnet10", width=16, run_dir="runs/digits")
+    run_cli(simclr, *flags(**words))
+    run_cli(knn_eval, "runs/byol", "runs/digits", "--pixels", "--ks", 1, "--labels-per-class")
+    columns = [result["column"] for result in results("runs/knn")][2:]
+    assert columns == [f"pixels of {byol['meta']['data_dir']}", "pixels of digits"]
 
 
 def test_pictures_only_of_the_same_images(run_cli, finished, tmp_path):

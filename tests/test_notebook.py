@@ -70,6 +70,6 @@ def test_ways_to_run_in_a_kernel(tmp_path):
     texts = ["".join(o.get("text", "") for o in cell.outputs) for cell in notebook.cells]
     for text, words in zip(texts, ("simclr on ", "ema=0.98 ", "ema=0.99 ")):
         assert words in text and "width=16" in text and "epochs=1 " in text and "wrote runs" in text
-    assert "test accuracy = " in texts[3] and "pixels of digits" in texts[3]
+    assert "test accuracy = " in texts[3] and "pixels: effective rank" in texts[3]
     assert len(list(tmp_path.glob("runs/*/embeddings.npz"))) == 3
     assert sum("image/png" in o.get("data", {}) for o in notebook.cells[3].outputs) == 5
