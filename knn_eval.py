@@ -421,7 +421,9 @@ def sweep(entry, args, table):
     # The smallest k wins a tie.
     k = max(ks, key=leave_one_out.get)
     entry.suspects = []
-    for i in np.argsort(-shares[k], kind="stable"):
+    # By the share of votes; ties, which are many at small k, by the mean share over all k.
+    agree = [np.where(predictions[n] == predictions[k], shares[n], 0) for n in ks]
+    for i in np.lexsort([-np.mean(agree, axis=0), -shares[k]]):
         label, says = train.labels[i], predictions[k][i]
         if label != says:
             entry.suspects.append([train.files[i], name(label), name(says), shares[k][i]])

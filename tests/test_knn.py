@@ -404,12 +404,14 @@ def test_suspects_find_flipped_labels(run_cli, tmp_path):
     wrong[flipped] = (labels[flipped] + 1 + np.arange(70) % 9) % 10
     arrays = dict(train_features=images, train_labels=wrong, test_features=test, test_labels=truth)
     write(tmp_path / "a.npz", **arrays, class_names=None)
-    run_cli(knn_eval, tmp_path / "a.npz", "--labels-per-class")
-    lines = rows(tmp_path / "a/knn/suspects.csv")
-    shares = [float(line["share"]) for line in lines]
-    assert shares == sorted(shares, reverse=True)
-    found = {int(line["file"]) for line in lines[:70]}
-    assert len(found & {*flipped.tolist()}) >= 60
+    # The first chooses k = 1, at which all shares are 1: those at 200 order the rows.
+    for ks in ((1, 200), KS):
+        run_cli(knn_eval, tmp_path / "a.npz", "--labels-per-class", "--ks", *ks)
+        lines = rows(tmp_path / "a/knn/suspects.csv")
+        shares = [float(line["share"]) for line in lines]
+        assert shares == sorted(shares, reverse=True)
+        found = {int(line["file"]) for line in lines[:70]}
+        assert len(found & {*flipped.tolist()}) >= 60
     says = {int(line["file"]): int(line["neighbors_say"]) for line in lines}
     assert np.mean([says.get(i) == labels[i] for i in flipped.tolist()]) > 0.9
 
