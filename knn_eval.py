@@ -345,21 +345,30 @@ def visible(images):
     return images[..., :3] if images.shape[3] > 2 else images[..., [0, 0, 0]]
 
 
-def pixels_of(name, entry, args):
-    """The raw pixels of the data set that an input's meta names, as an input. UserError."""
+def pixels_of(runs, args):
+    """The raw pixels of each data set that the runs' meta names, as inputs. UserError."""
     from common import check
 
-    get = pictures(entry, args)
-    check(get, f"--pixels: the images of {entry.name} cannot be loaded")
-    entry = copy.deepcopy(entry)
-    entry.name = entry.column = name
-    entry.meta = {key: entry.meta.get(key) for key in ("dataset", "data_dir", "image_size")}
-    for part in (entry.train, entry.test):
-        # Of photographs, a thumbnail.
-        pixels = get(part, 32)
-        # -1 is ambiguous without test images.
-        part.features = pixels.reshape(len(part), np.prod(pixels.shape[1:])).astype(np.float32)
-    return entry
+    # A run of each data set.
+    sources, inputs = {}, []
+    for run in runs:
+        dataset = run.meta.get("dataset")
+        sources[run.meta.get("data_dir") if dataset in ("folder", "npz") else dataset] = run
+    sources.pop(None, None)
+    check(sources, "--pixels needs a run: no input's meta names a data set")
+    for name, run in sources.items():
+        get = pictures(run, args)
+        check(get, f"--pixels: the images of {run.name} cannot be loaded")
+        entry = copy.deepcopy(run)
+        entry.name = entry.column = f"pixels of {name}" if len(sources) > 1 else "pixels"
+        entry.meta = {key: run.meta.get(key) for key in ("dataset", "data_dir", "image_size")}
+        for part in (entry.train, entry.test):
+            # Of photographs, a thumbnail.
+            pixels = get(part, 32)
+            # -1 is ambiguous without test images.
+            part.features = pixels.reshape(len(part), np.prod(pixels.shape[1:])).astype(np.float32)
+        inputs.append(entry)
+    return inputs
 
 
 # ---------------------------------------------------------------- evaluation
@@ -750,18 +759,7 @@ def main(args):
         # A labels.csv may be the user's own.
         ours = not folder.exists() or (folder / "knn.json").exists() or not any(folder.iterdir())
         check(ours, f"{failed}: it holds other files; name another folder")
-    # A run of each data set.
-    sources = {}
-    for entry in runs:
-        dataset = entry.meta.get("dataset")
-        name = entry.meta.get("data_dir") if dataset in ("folder", "npz") else dataset
-        if name and args.pixels:
-            sources[name] = entry
-    check(sources or not args.pixels, "--pixels needs a run: no input's meta names a data set")
-    inputs = list(runs)
-    for name, entry in sources.items():
-        name = f"pixels of {name}" if len(sources) > 1 else "pixels"
-        inputs.append(pixels_of(name, entry, args))
+    inputs = runs + (pixels_of(runs, args) if args.pixels else [])
     # Compute everything before writing anything: a failure leaves earlier files as they are.
     results = [evaluate(entry, args) for entry in inputs]
     # A $ in a name starts no formula.
