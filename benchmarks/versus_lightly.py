@@ -35,7 +35,6 @@ import math
 import shlex
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -236,11 +235,11 @@ def main(args):
     """Every side of every method and seed, and the controls."""
     done = recorded(args.output, "method", "side", "seed")
 
-    def record(method, side, seed, result, **more):
+    def record(method, side, seed, result):
         command = shlex.join(["python", "benchmarks/versus_lightly.py", *sys.argv[1:]])
         packages = ("torch", "torchvision", "lightly", "scikit-learn")
         versions = {name: importlib.metadata.version(name) for name in packages}
-        line = dict(method=method, side=side, seed=seed, **result, command=command, **more)
+        line = dict(method=method, side=side, seed=seed, **result, command=command)
         line |= dict(commit=common.git_commit(), versions=versions, processor=processor_name())
         with open(args.output, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -264,10 +263,8 @@ def main(args):
                 record("untrained", "control", seed, accuracies(encoder, images))
             if (method, side, seed) in done or (method, side) == ("simclr", "bug"):
                 continue
-            begin = time.perf_counter()
             encoder = train(method, side, seed, images, folder)
-            seconds = round(time.perf_counter() - begin)
-            record(method, side, seed, accuracies(encoder, images), seconds=seconds)
+            record(method, side, seed, accuracies(encoder, images))
             if side == "arm A" and seed == 1:
                 shuffled = accuracies(encoder, images, shuffle=True)
                 record(method, "shuffled labels", seed, shuffled)
