@@ -93,7 +93,7 @@ class Args:
     weight_decay: float | None = None
     """weight decay, not applied to biases and norms"""
     warmup_epochs: float | None = None
-    """epochs of linear warm-up before the cosine decay (a tenth of a run that is shorter)"""
+    """epochs of linear warm-up before the cosine decay (if the run is shorter, a tenth of it)"""
     # evaluation
     eval_every: int = 10
     """epochs between kNN evaluations on the test split (0: only the last epoch)"""

@@ -181,8 +181,9 @@ def set_up(args):
         native = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bf16" if native else "fp16" if cuda else "fp32"
         if device.type == "cpu" and RANK == 0 and torch.cpu._is_avx512_bf16_supported():
-            # benchmarks/README.md, speed: without and with AMX. float32 is the same everywhere.
-            print("note: on such a processor --precision bf16 is 1.8 to 2.4 times as fast")
+            # Of a ResNet-18 (benchmarks/README.md, speed). float32 gives the same bytes everywhere.
+            times = 2.4 if torch.cpu._is_amx_tile_supported() else 1.8
+            print(f"note: on this processor --precision bf16 is up to {times} times as fast")
     check(cuda or precision != "fp16", f"--precision fp16 needs --device cuda, not {device.type}")
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)

@@ -300,8 +300,12 @@ def test_other_epochs_end_or_prolong_a_run(stopped, train, folder, finished):
     # As if it had never been ended.
     assert train(resume=True).status == 0
     assert outcome(folder) == outcome(finished("simclr"))
-    assert train(resume=True, epochs=5).status == 0
+    # An unset warm-up, and BYOL's unset EMA, follow the number of epochs.
+    assert train(resume=True, epochs=5, warmup_epochs=None).status == 0
     assert [record["epoch"] for record in read_log(folder)] == [1, 2, 3, 4, 5]
+    shutil.copytree(finished("byol"), folder.parent / "byol")
+    words = dict(run_dir=folder.parent / "byol", resume=True, epochs=4, ema=0.95)
+    assert train(byol, **words).status == 0
 
 
 # ---------------------------------------------------------------- refusals
