@@ -201,7 +201,7 @@ def test_folder_layout_is_refused(refused, tmp_path, names, says):
     """A layout without training images or with unknown classes is one error line."""
     for name in names.split():
         write(tmp_path / name, noise(8, 8))
-    refused(simclr, *flags(dataset="folder", data_dir=tmp_path), says=[says])
+    refused(simclr, *flags(dataset="folder", data_dir=tmp_path, epochs=0), says=[says])
 
 
 def test_folder_of_links(photos, tmp_path):
@@ -218,7 +218,7 @@ def test_names_that_are_not_utf8_are_refused(refused, tmp_path):
     """As of an old archive; they could not be written to a table."""
     write(tmp_path / "photos/a.png", noise(8, 8))
     os.rename(tmp_path / "photos/a.png", os.fsencode(tmp_path / "photos") + b"/\xff.png")
-    words = flags(dataset="folder", data_dir=tmp_path / "photos")
+    words = flags(dataset="folder", data_dir=tmp_path / "photos", epochs=0)
     refused(simclr, *words, says=["must be UTF-8"])
 
 
@@ -346,7 +346,8 @@ def test_window_flag(run_cli, tmp_path):
 )
 def test_bad_values_for_own_images(run_cli, photos, words, says):
     """One line names the flag."""
-    result = run_cli(simclr, "--dataset", "folder", "--data-dir", photos, *words)
+    words = [*flags(dataset="folder", data_dir=photos, epochs=0), *words]
+    result = run_cli(simclr, *words)
     assert result.status == 2
     assert says is None or (result.err.startswith("error: ") and says in result.err)
     assert says is None or len(result.err.splitlines()) == 1
@@ -485,13 +486,13 @@ def test_group_on_both_sides_of_the_split(scans, tmp_path, capsys):
 def test_mistakes_in_a_table(refused, scans, tmp_path, lines, says):
     """Each is one error line that names the line of the table."""
     labels = table(tmp_path / "labels.csv", *lines)
-    refused(simclr, *flags(dataset="folder", data_dir=scans, labels=labels), says=[says])
+    refused(simclr, *flags(dataset="folder", data_dir=scans, labels=labels, epochs=0), says=[says])
 
 
 def test_all_mistakes_of_a_table_are_named(refused, scans, tmp_path):
     """Each missing file has a line of its own."""
     labels = table(tmp_path / "labels.csv", "file,label", "0.png,a", "00.png,a", "1.png,b")
-    words = flags(dataset="folder", data_dir=scans, labels=labels)
+    words = flags(dataset="folder", data_dir=scans, labels=labels, epochs=0)
     refused(simclr, *words, says=["line 2: '0.png'", "line 4: '1.png'"], lines=2)
 
 
