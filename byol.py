@@ -288,7 +288,7 @@ def gaussian_blur(x, sigma, size):
 def augment(images, view, size):
     """Two random views of uint8 images [N, C, H, W]: float32 [2N, C, size, size] in [0, 1].
 
-    They come in the random order that color_jitter needs, and with it: order [2N] holds i for the
+    Returns them in the random order that color_jitter needs, and that order [2N]: i stands for the
     first view of image i, N + i for its second.
     """
     n, m = len(images), 2 * len(images)
@@ -493,8 +493,8 @@ def main(args):
     view = choose_view(args.augment, images.gray, images.size)
 
     common.seed_draws(args.seed, "weights")
-    # Any module from images to features and its number of features; --encoder, --width and --init
-    # work for this one. With --init, images.mean and images.std become those of its weights.
+    # Your own encoder and its number of features go here; --encoder, --width and --init apply to
+    # this one only. With --init, images.mean and images.std become those of the weights.
     encoder, feature_dim = common.start_encoder(args, images)
     network = BYOL(
         encoder, feature_dim, args.hidden_dim, args.projection_dim, args.projection_layers
