@@ -206,7 +206,7 @@ def seed_draws(seed, purpose, step=0):
     # Not 0: that is the stream of epoch_order.
     stream = {"weights": 1, "picture": 2, "views": RANK + 3}[purpose]
     state = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> 1))
+    torch.manual_seed(int(state[0]) >> 1)
 
 
 class _Gather(torch.autograd.Function):
