@@ -560,7 +560,8 @@ def draw_neighbors(entry, get, args):
             axes[i, j].imshow(image)
             axes[i, j].set_title(next(names) + numbers[j], fontsize=8)
             color = "0.7" if unknown else "tab:green" if good[j] else "tab:red"
-            axes[i, j].spines[:].set(color=color, linewidth=3)
+            axes[i, j].spines[:].set_color(color)
+            axes[i, j].spines[:].set_linewidth(3)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     return figure
