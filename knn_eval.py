@@ -609,23 +609,23 @@ def draw_embedding(entry, get, args):
     return figure
 
 
-def draw_curves(summary, xlabel):
-    """Accuracy over the integer labels of a summary: a curve with a band for each column."""
+def draw_curves(rows, xlabel):
+    """Accuracy over the integer labels of a table: a curve with a band for each column."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes, ticks = figure.subplots(), set()
-    for i, (column, cells) in enumerate(summary.items()):
+    for i, column in enumerate(dict.fromkeys(column for column, *_ in rows)):
         style = (
             "--" if column.startswith("pixels") else ":" if column.startswith("untrained") else "-"
         )
         color = f"C{i}" if style == "-" else "0.4"
-        x = [label for label in cells if label not in WORDS]
-        mean, std = 100 * np.array([cells[label] for label in x]).reshape(-1, 2).T
+        points = [row[1:] for row in rows if row[0] == column and row[1] not in WORDS]
+        x, mean, std = np.reshape(points, (-1, 3)).T * [[1], [100], [100]]
         axes.plot(x, mean, style, marker=".", color=color, label=column)
         top = (mean + std).clip(max=100)
         axes.fill_between(x, mean - std, top, color=color, alpha=0.15, linewidth=0)
-        ticks |= {*x}
+        ticks |= {*map(int, x)}
     axes.set(xscale="log", xlabel=xlabel, ylabel="accuracy in %, band: standard deviation")
     axes.set_xticks([*ticks], [*ticks])
     axes.minorticks_off()
@@ -669,30 +669,31 @@ def details(entry, args):
 
 
 def summarize(results, name):
-    """{column: {label: (mean, standard deviation)}} of a table, over the runs of each column.
+    """Rows [column, label, mean, standard deviation] of a table, over the runs of each column.
 
     Over the draws, if a column is a single run.
     """
     found = {}
     for result in results:
         for label, value in result["tables"][name].items():
-            found.setdefault(result["column"], {}).setdefault(label, []).append(value)
-    for cells in found.values():
-        for label, values in cells.items():
-            values = np.ravel(values) if len(values) == 1 else [np.mean(v) for v in values]
-            cells[label] = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else np.nan
-    return found
+            found.setdefault((result["column"], label), []).append(value)
+    rows = []
+    for key, values in found.items():
+        values = np.ravel(values) if len(values) == 1 else [np.mean(v) for v in values]
+        std = np.std(values, ddof=1) if len(values) > 1 else np.nan
+        rows.append([*key, np.mean(values), std])
+    return rows
 
 
-def print_table(title, summary, style):
+def print_table(title, rows, style):
     """Accuracies in % as aligned text, Markdown or LaTeX."""
-    labels = {label for cells in summary.values() for label in cells}
-    table = [[title, *summary]]
-    for label in sorted(labels, key=lambda label: (label in WORDS, label)):
-        table.append([str(label)])
-        for cells in summary.values():
-            mean, std = (100 * value for value in cells.get(label, (np.nan, np.nan)))
-            table[-1].append(f"{mean:.2f} ± {std:.2f}".replace(" ± nan", "").replace("nan", ""))
+    columns, cells = dict.fromkeys((column for column, *_ in rows), ""), {}
+    for column, label, mean, std in rows:
+        shown = f"{100 * mean:.2f} ± {100 * std:.2f}".removesuffix(" ± nan")
+        cells.setdefault(label, dict(columns))[column] = shown
+    table = [[title, *columns]]
+    for label in sorted(cells, key=lambda label: (label in WORDS, label)):
+        table.append([str(label), *cells[label].values()])
     widths = [max(map(len, column)) for column in zip(*table)]
     if style == "md":
         table.insert(1, ["-" * width for width in widths])
@@ -702,7 +703,7 @@ def print_table(title, summary, style):
     lines = [start + between.join(map(str.rjust, row, widths)) + end for row in table]
     if style == "latex":
         lines = [re.sub(r"([_%#$])", r"\\\1", line).replace("±", r"$\pm$") for line in lines]
-        lines = [rf"\begin{{tabular}}{{l{'r' * len(summary)}}}", *lines, r"\end{tabular}"]
+        lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", *lines, r"\end{tabular}"]
     print("", *lines, "", sep="\n")
 
 
@@ -711,13 +712,11 @@ def report(results, args):
     content = dict(args=asdict(args), command=shlex.join(sys.argv), results=results)
     files = {"knn.json": json.dumps(content, indent=2).encode()}
     for name, title in TABLES.items():
-        summary, lines = summarize(results, name), []
-        for column, cells in summary.items():
-            lines += [[column, label, *cell] for label, cell in cells.items()]
-        if lines:
-            print_table(title, summary, args.table)
-            files[f"{name}.csv"] = to_csv(["column", title, "mean", "std"], lines)
-            files[f"{name}.png"] = to_png(draw_curves(summary, title))
+        rows = summarize(results, name)
+        if rows:
+            print_table(title, rows, args.table)
+            files[f"{name}.csv"] = to_csv(["column", title, "mean", "std"], rows)
+            files[f"{name}.png"] = to_png(draw_curves(rows, title))
     lines = []
     for result in results:
         print(f"{result['name']}: effective rank {result['effective_rank']:.1f}", end="")
@@ -780,9 +779,8 @@ def main(args):
     print(f"\nwrote {', '.join(name for name in files if '/' not in name)} to {folder}")
     name = f"knn-{runs[0].column}"
     tracker = Tracker(args, folder, name=name, group="knn", config=asdict(args))
-    for column, cells in summarize(results, "knn").items():
-        for k, (accuracy, _) in cells.items():
-            tracker.log({"k": k, f"knn/{column}": accuracy})
+    for column, k, accuracy, _ in summarize(results, "knn"):
+        tracker.log({"k": k, f"knn/{column}": accuracy})
     tracker.log({name[:-4]: folder / name for name in files if name.endswith(".png")})
     tracker.finish()
     return results
