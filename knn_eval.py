@@ -384,9 +384,20 @@ KNOWN = (
 ).split()
 
 
-def vote(args, *data, **options):
-    """knn_sweep with the metric, vote and device of the command line."""
-    return knn_sweep(*data, args.metric, args.vote, args.temperature, args.device, **options)
+def vote(args, train, queries, ks):
+    """Predictions and shares of knn_sweep between Parts; leave-one-out where queries is train."""
+    data = train.features, train.labels, None if queries is train else queries.features, ks
+    options = args.metric, args.vote, args.temperature, args.device, train.groups
+    return knn_sweep(*data, *options, return_shares=True)
+
+
+def leave_one_out(args, train, most):
+    """Predictions, shares and accuracies {k: ...} within train, for every k of --ks up to most."""
+    ks = [k for k in sorted(set(args.ks)) if k <= most]
+    if not ks:
+        return {}, {}, {}
+    predictions, shares = vote(args, train, train, ks)
+    return predictions, shares, {k: (predictions[k] == train.labels).mean() for k in ks}
 
 
 def evaluate(entry, args):
@@ -422,35 +433,33 @@ def sweep(entry, args, table):
 
     train, truth, name = entry.voters, entry.queries.labels, entry.class_name
     n = len(train) - np.bincount(train.groups).max()
-    ks = [k for k in sorted(set(args.ks)) if k <= n]
-    check(ks, f"{entry.name}: --ks {min(args.ks)} is above {n}, the training images less one group")
-    data, extra = (train.features, train.labels), dict(groups=train.groups, return_shares=True)
-    predictions, shares = vote(args, *data, None, ks, **extra)
-    leave_one_out = {k: (predictions[k] == train.labels).mean() for k in ks}
+    predictions, shares, loo = leave_one_out(args, train, n)
+    less = "the training images less one group"
+    check(loo, f"{entry.name}: --ks {min(args.ks)} is above {n}, {less}")
     # The smallest k wins a tie.
-    k = max(ks, key=leave_one_out.get)
+    k = max(loo, key=loo.get)
     entry.suspects = []
     # By the share of votes; ties, which are many at small k, by the mean share over all k.
-    agree = [np.where(predictions[n] == predictions[k], shares[n], 0) for n in ks]
+    agree = [(predictions[n] == predictions[k]) * shares[n] for n in loo]
     for i in np.lexsort([-np.mean(agree, axis=0), -shares[k]]):
         label, says = train.labels[i], predictions[k][i]
         if label != says:
             entry.suspects.append([train.files[i], name(label), name(says), shares[k][i]])
-    if entry.queries.name == "test":
-        predictions = vote(args, *data, entry.queries.features, ks)
-    table |= {k: (predictions[k] == truth).mean() for k in ks}
+    if entry.queries is not train:
+        predictions, _ = vote(args, train, entry.queries, loo)
+    table |= {k: (predictions[k] == truth).mean() for k in loo}
     table["chosen k"] = accuracy = table[k]
     entry.predicted, classes = predictions[k], np.unique(truth)
     recalls = recall_score(truth, predictions[k], labels=classes, average=None)
     low, high = binomtest(round(accuracy * len(truth)), len(truth)).proportion_ci(method="wilson")
-    result = dict(k=k, accuracy=accuracy, low=low, high=high, leave_one_out=leave_one_out)
+    result = dict(k=k, accuracy=accuracy, low=low, high=high, leave_one_out=loo)
     per_class = dict(zip(map(name, classes), recalls))
     return dict(result, balanced_accuracy=recalls.mean(), per_class=per_class)
 
 
 def labels_needed(entry, args, tables):
     """Fill {n: accuracies of 20 draws of n labels per class}, by the kNN vote and by --probe."""
-    train, labels, by_test = entry.voters, entry.voters.labels, entry.queries.name == "test"
+    train, labels, by_test = entry.voters, entry.voters.labels, entry.queries is not entry.voters
     classes, sizes = np.unique(labels, return_counts=True)
     methods = dict(labels=few_labels)
     if args.probe and len(classes) > 1:
@@ -475,12 +484,10 @@ def labels_needed(entry, args, tables):
 
 def few_labels(known, queries, args, n):
     """Predict by the kNN vote; k, at most n, is chosen by leave-one-out among the known labels."""
-    most = min(n, len(known) - np.bincount(known.groups).max())
-    ks, data = [k for k in sorted(args.ks) if k <= most] or [1], (known.features, known.labels)
-    if len(ks) > 1:
-        loo = vote(args, *data, None, ks, groups=known.groups)
-        ks = [max(ks, key=lambda k: (loo[k] == known.labels).mean())]
-    return vote(args, *data, queries.features, ks)[ks[0]]
+    n = min(n, len(known) - np.bincount(known.groups).max())
+    *_, loo = leave_one_out(args, known, n)
+    k = max(loo, key=loo.get, default=1)
+    return vote(args, known, queries, [k])[0][k]
 
 
 def probe(known, queries, *ignored):
