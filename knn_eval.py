@@ -417,7 +417,9 @@ def evaluate(entry, args):
     elif not len(test):
         result["column"] += " (leave-one-out)"
     # The images that vote and those that are predicted; without test images, the same.
-    entry.voters, entry.queries, entry.predicted = train, test if len(test) else train, None
+    entry.voters, entry.queries, entry.suspects = train, test if len(test) else train, None
+    # Without labels nothing is predicted, and nothing is wrong.
+    entry.predicted = entry.queries.labels
     if result["n_train"]:
         result |= sweep(entry, args, result["tables"]["knn"])
         labels_needed(entry, args, result["tables"])
@@ -536,9 +538,7 @@ def draw_neighbors(entry, get, args):
     from matplotlib.figure import Figure
 
     train, queries, rng = entry.voters, entry.queries, np.random.default_rng(0)
-    wrong = np.zeros(len(queries), bool)
-    if entry.predicted is not None:
-        wrong = entry.predicted != queries.labels
+    wrong = entry.predicted != queries.labels
 
     def pick(rows, n):
         rows = rng.permutation(rows)
@@ -560,7 +560,7 @@ def draw_neighbors(entry, get, args):
     axes = figure.subplots(len(chosen), 7, squeeze=False)
     for i, near in enumerate(neighbors):
         good = [not wrong[i], *(train.labels[near] == chosen.labels[i])]
-        unknown = entry.predicted is None
+        unknown = entry.suspects is None
         names = map(entry.class_name, [chosen.labels[i], *train.labels[near]])
         numbers = ["", *(f" {closeness(distance, args):.2f}" for distance in distances[i])]
         for j, image in enumerate(visible(np.concatenate([get(chosen[[i]]), get(train[near])]))):
@@ -661,7 +661,7 @@ def details(entry, args):
         print(f"{entry.name}: {equal} test images have the features of a training image: a leak")
     measure = "similarity" if args.metric == "cosine" else "distance"
     files = {"pairs.csv": to_csv(["part", "file", "train_file", measure], pairs)}
-    if entry.predicted is not None:
+    if entry.suspects is not None:
         header = ["file", "label", "neighbors_say", "share"]
         files["suspects.csv"] = to_csv(header, entry.suspects)
     if get:
