@@ -505,13 +505,19 @@ def probe(known, queries, *ignored):
         return model.fit(known.features, known.labels).predict(queries.features)
 
 
+def nearest_images(train, queries, k, args):
+    """`nearest` between Parts: training images see those of other groups."""
+    own = queries.groups if queries.name == "train" else None
+    options = args.metric, args.device, train.groups, own
+    return nearest(train.features, queries.features, k, *options)
+
+
 def closest_pairs(entry, args):
     """Rows of pairs.csv, and the number of test images that equal a training image."""
     train, lines, equal = entry.train, [], 0
-    for part in (train, entry.test) if len(entry.test) else (train,):
-        own, pairs = train.groups if part is train else None, []
-        data = train.features, part.features, 100, args.metric, args.device, train.groups, own
-        for rows, distances, neighbors in nearest(*data):
+    for part in filter(len, (train, entry.test)):
+        pairs = []
+        for rows, distances, neighbors in nearest_images(train, part, 100, args):
             if part is not train:
                 same = np.isclose(part.features[rows], train.features[neighbors[:, 0]], atol=1e-5)
                 equal += int(same.all(axis=1).sum())
@@ -549,9 +555,7 @@ def draw_neighbors(entry, get, args):
     rows = pick(np.flatnonzero(wrong), 4)
     rows = pick(np.flatnonzero(~wrong), 8 - len(rows)) + rows
     chosen, wrong = queries[rows], wrong[rows]
-    own = chosen.groups if chosen.name == "train" else None
-    data = train.features, chosen.features, 6, args.metric, args.device, train.groups, own
-    ((_, distances, neighbors),) = nearest(*data)
+    ((_, distances, neighbors),) = nearest_images(train, chosen, 6, args)
     figure = Figure(figsize=(9, 12), layout="constrained")
     text = "Left: a query, red if it is predicted wrongly (up to four). Right: the nearest training"
     figure.suptitle(
