@@ -317,7 +317,7 @@ def load_run_images(dataset, data_dir="data", **source):
 
 
 def pictures(entry, args):
-    """A function that gives the images of a Part, uint8 [N, size, size, C]; None without images."""
+    """A function that gives images of a Part, uint8 tensor [N, S, S, C]; None without images."""
     from common import square
 
     keys = "dataset data_dir image_size labels window fit".split()
@@ -335,14 +335,14 @@ def pictures(entry, args):
 
     def get(part, most=224):
         pixels = square(getattr(images, part.name)[part.rows], min(images.size, most))
-        return pixels.permute(0, 2, 3, 1).numpy()
+        return pixels.permute(0, 2, 3, 1)
 
     return get
 
 
 def visible(images):
     """The first three channels of images [N, H, W, C], or three times the first of two."""
-    return images[..., :3] if images.shape[3] > 2 else images[..., [0, 0, 0]]
+    return images[..., np.arange(3) * (images.shape[3] > 2)]
 
 
 def pixels_of(runs, args):
@@ -364,9 +364,7 @@ def pixels_of(runs, args):
         entry.meta = {key: run.meta.get(key) for key in ("dataset", "data_dir", "image_size")}
         for part in (entry.train, entry.test):
             # Of photographs, a thumbnail.
-            pixels = get(part, 32)
-            # -1 is ambiguous without test images.
-            part.features = pixels.reshape(len(part), np.prod(pixels.shape[1:])).astype(np.float32)
+            part.features = get(part, 32).flatten(1).float().numpy()
         inputs.append(entry)
     return inputs
 
@@ -610,7 +608,7 @@ def draw_embedding(entry, get, args):
         # One image in each cell of a grid of 20 x 20.
         cells = np.digitize(points, np.linspace(points.min(), points.max(), 21))
         for i in np.unique(cells, axis=0, return_index=True)[1]:
-            (image,) = visible(get(part[[i]]))
+            (image,) = visible(get(part[[i]]).numpy())
             frame = dict(edgecolor=colors[ids[i]], boxstyle="square,pad=0.1")
             box = OffsetImage(image, zoom=24 / len(image))
             axes.add_artist(AnnotationBbox(box, points[i], bboxprops=frame))
