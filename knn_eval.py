@@ -555,24 +555,23 @@ def draw_neighbors(entry, get, args):
     chosen, wrong = queries[rows], wrong[rows]
     ((_, distances, neighbors),) = nearest_images(train, chosen, 6, args)
     figure = Figure(figsize=(9, 12), layout="constrained")
-    text = "Left: a query, red if it is predicted wrongly (up to four). Right: the nearest training"
     figure.suptitle(
-        f"{text} images\nwith their similarity, red if they are of another class.", size=9
+        "Left: a query, red if it is predicted wrongly (up to four). Right: the nearest training "
+        "images\nwith their similarity, red if they are of another class.",
+        size=9,
     )
-    axes = figure.subplots(len(chosen), 7, squeeze=False)
-    for i, near in enumerate(neighbors):
-        good = [not wrong[i], *(train.labels[near] == chosen.labels[i])]
-        unknown = entry.suspects is None
-        names = map(entry.class_name, [chosen.labels[i], *train.labels[near]])
+    axes = figure.subplots(len(chosen), 7, squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
+    for i, near in enumerate(map(train.__getitem__, neighbors)):
+        labels = [chosen.labels[i], *near.labels]
+        good = [not wrong[i], *(near.labels == labels[0])]
         numbers = ["", *(f" {closeness(distance, args):.2f}" for distance in distances[i])]
-        for j, image in enumerate(visible(np.concatenate([get(chosen[[i]]), get(train[near])]))):
-            axes[i, j].imshow(image)
-            axes[i, j].set_title(next(names) + numbers[j], fontsize=8)
-            color = "0.7" if unknown else "tab:green" if good[j] else "tab:red"
-            axes[i, j].spines[:].set_color(color)
-            axes[i, j].spines[:].set_linewidth(3)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+        images = visible(np.concatenate([get(chosen[[i]]), get(near)]))
+        for ax, image, label, number, right in zip(axes[i], images, labels, numbers, good):
+            ax.imshow(image)
+            ax.set_title(entry.class_name(label) + number, fontsize=8)
+            unknown = entry.suspects is None
+            ax.spines[:].set_color("0.7" if unknown else "tab:green" if right else "tab:red")
+            ax.spines[:].set_linewidth(3)
     return figure
 
 
