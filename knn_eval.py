@@ -243,10 +243,9 @@ def read_embeddings(path):
 
     name = str(path.parent if path.stem == "embeddings" else path.with_suffix(""))
     entry = SimpleNamespace(name=name)
-    optional = [f"train_{name}" for name in ("labels", "files", "groups")]
-    optional += ["test_features", "test_labels", "test_files", "class_names", "meta"]
+    optional = "train_labels train_files train_groups test_features test_labels test_files"
     with user_errors(f"cannot evaluate {str(path)!r}"):
-        arrays = read_npz(path, ["train_features"], optional)
+        arrays = read_npz(path, ["train_features"], [*optional.split(), "class_names", "meta"])
         for part in ("train", "test"):
             x = arrays.get(f"{part}_features", arrays["train_features"][:0])
             name, least = f"{part}_features", int(part == "train")
