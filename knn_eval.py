@@ -230,8 +230,8 @@ class Part:
     rows: np.ndarray
 
     def __getitem__(self, rows):
-        arrays = self.features, self.labels, self.files, self.groups, self.rows
-        return Part(self.name, *(array[rows] for array in arrays))
+        name, *arrays = vars(self).values()
+        return Part(name, *(array[rows] for array in arrays))
 
     def __len__(self):
         return len(self.rows)
