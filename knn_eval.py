@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
+from scipy.stats import binomtest, entropy
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from sklearn.utils import check_array, check_consistent_length
@@ -154,8 +155,9 @@ def effective_rank(features):
     """
     sample = features[:: -(-len(features) // 2048)].astype(np.float64)
     values = np.linalg.svd(sample, compute_uv=False)
-    shares = values / max(values.sum(), 1e-12) + 1e-12
-    return float(np.exp(-(shares * np.log(shares)).sum()))
+    # Features that are all zero have rank 1.
+    values[0] += 1e-12
+    return float(np.exp(entropy(values)))
 
 
 def whiten(train, test, ridge=0.01):
@@ -425,7 +427,6 @@ def evaluate(entry, args):
 
 def sweep(entry, args, table):
     """Fill {k: accuracy}; return the result at the k chosen by leave-one-out. UserError."""
-    from scipy.stats import binomtest
     from sklearn.metrics import recall_score
 
     from common import check
