@@ -727,14 +727,14 @@ def report(results, args):
             files[f"{name}.png"] = to_png(draw_curves(rows, title))
     lines = []
     for result in results:
-        print(f"{result['name']}: effective rank {result['effective_rank']:.1f}", end="")
+        text = f"{result['name']}: effective rank {result['effective_rank']:.1f}"
         if "k" in result:
             kind = "test" if result["n_test"] else "leave-one-out"
             accuracy, low, high = (
                 f"{100 * result[key]:.2f}" for key in ("accuracy", "low", "high")
             )
-            print(f", k = {result['k']}, {kind} accuracy = {accuracy} % ({low} to {high})", end="")
-        print()
+            text += f", k = {result['k']}, {kind} accuracy = {accuracy} % ({low} to {high})"
+        print(text)
         few = result["tables"]["labels"]
         lines.append({key: value for key, value in result.items() if not isinstance(value, dict)})
         lines[-1] |= {f"labels_{n}": np.mean(few[n]) for n in few} | result["meta"]
