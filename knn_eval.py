@@ -290,8 +290,7 @@ def read_inputs(args):
         # Runs of one method are named by the flags in which they differ.
         same = [entry for entry in inputs if entry.column == column]
         for entry in same:
-            others = [other.meta for other in same]
-            shown = [key for key in entry.keys if len({str(m.get(key)) for m in others}) > 1]
+            shown = [k for k in entry.keys if len({str(other.meta.get(k)) for other in same}) > 1]
             flags = "".join(f" {key.replace('_', '-')} {entry.meta.get(key)}" for key in shown)
             entry.column += flags if len(shown) < 4 else f" {entry.name}"
             entry.run = entry.column, entry.meta.get("seed")
