@@ -98,7 +98,11 @@ def nearest(train, queries, k, metric="cosine", device=None, groups=None, own=No
     A chunk is rows [m] of the queries, distances [m, k], neighbors [m, k]. Given the groups [N] of
     the training points and the group of each query, own [M], neighbors are of other groups.
     """
-    train, queries = (_prepare(features, metric) for features in (train, queries))
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"unknown metric {metric!r}")
+    train, queries = (check_array(x, dtype=FLOATS, order="C") for x in (train, queries))
+    if metric == "cosine":
+        train, queries = normalize(train), normalize(queries)
     extra = 0 if own is None else np.bincount(groups).max()
     k = min(k, len(train) - extra)
     if device is None:
@@ -115,13 +119,6 @@ def nearest(train, queries, k, metric="cosine", device=None, groups=None, own=No
             distances = np.take_along_axis(distances, order, axis=1)
             neighbors = np.take_along_axis(neighbors, order, axis=1)
         yield rows, distances, neighbors
-
-
-def _prepare(features, metric):
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"unknown metric {metric!r}")
-    features = check_array(features, dtype=FLOATS, order="C")
-    return normalize(features) if metric == "cosine" else features
 
 
 def _torch_search(train, device):
