@@ -236,18 +236,22 @@ def throughput(name, titles):
 
 def render(text):
     """A README with all tables between their marks made from the recorded files."""
-    tables = dict(ops=ops, kernels=kernels, versus_lightly=versus_lightly)
-    tables["digits"] = lambda: few_labels(DIGITS, ("1", "5", "20"), "labels per digit")
-    tables["cifar10"] = lambda: few_labels(CIFAR10, ("1", "10", "100"), "labels per class")
-    tables["digits_sweep"] = lambda: sweep(DIGITS)
-    tables["cifar10_sweep"] = lambda: sweep(CIFAR10)
-    tables["throughput"] = lambda: throughput("throughput-cpu-bf16", STEP)
-    tables["avx512"] = lambda: throughput("throughput-cpu-avx512", STEP)
-    tables["compiled"] = lambda: throughput("throughput-cpu-compile", COMPILED)
-    tables["lightly"] = lambda: throughput("throughput-cpu", LIGHTLY)
+    tables = dict(
+        digits=few_labels(DIGITS, ("1", "5", "20"), "labels per digit"),
+        cifar10=few_labels(CIFAR10, ("1", "10", "100"), "labels per class"),
+        digits_sweep=sweep(DIGITS),
+        cifar10_sweep=sweep(CIFAR10),
+        versus_lightly=versus_lightly(),
+        ops=ops(),
+        kernels=kernels(),
+        throughput=throughput("throughput-cpu-bf16", STEP),
+        avx512=throughput("throughput-cpu-avx512", STEP),
+        compiled=throughput("throughput-cpu-compile", COMPILED),
+        lightly=throughput("throughput-cpu", LIGHTLY),
+    )
 
     def table(found):
-        return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
+        return f"<!-- {found[1]} -->\n{tables[found[1]]}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n(?:\|.*\n)*<!-- end -->", table, text)
 
