@@ -145,8 +145,8 @@ def versus_lightly():
     return rows(header, lines)
 
 
-def draw(name, path):
-    """Plot a sweep, from the lowest to the highest seed; the file carries the data's digest."""
+def draw(name):
+    """Plot a sweep, from the lowest to the highest seed."""
     file, key, title = PLOTS[name]
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -163,10 +163,10 @@ def draw(name, path):
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Source": digest(name)})
+    return figure
 
 
-def draw_training(name, path):
+def draw_training(name):
     """Plot loss, kNN accuracy and effective rank of the first seed over the epochs."""
     figure = Figure(figsize=(11, 3.5), layout="constrained")
     titles = dict(loss="loss / first loss", knn_acc="kNN accuracy", effective_rank="effective rank")
@@ -181,11 +181,11 @@ def draw_training(name, path):
         axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.suptitle(PLOTS[name][2])
-    figure.savefig(path, dpi=110, metadata={"Source": digest(name)})
+    return figure
 
 
 def digest(name):
-    """Hash of the recorded values that a plot shows."""
+    """Hash of the recorded values that a plot shows, which its file carries."""
     file, key = PLOTS[name][:2]
     shown = {column: [run.get(key) for run in runs] for column, runs in recorded(file).items()}
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
@@ -261,16 +261,18 @@ def main(args):
     stale = []
     for path in (ROOT / name for name in READMES):
         text = path.read_text()
-        if render(text) != text:
+        new = render(text)
+        if new != text:
             stale.append(str(path))
             if not args.check:
-                path.write_text(render(text))
-    for name in PLOTS:
-        path = ROOT / f"benchmarks/pictures/{name}.png"
-        if not path.exists() or Image.open(path).text.get("Source") != digest(name):
+                path.write_text(new)
+    for name, (_, key, _) in PLOTS.items():
+        path, source = ROOT / f"benchmarks/pictures/{name}.png", digest(name)
+        if not path.exists() or Image.open(path).text.get("Source") != source:
             stale.append(str(path))
             if not args.check:
-                (draw_training if PLOTS[name][1] == "curve" else draw)(name, path)
+                figure = (draw_training if key == "curve" else draw)(name)
+                figure.savefig(path, dpi=110, metadata=dict(Source=source))
     if args.check and stale:
         sys.exit(f"{', '.join(stale)} differ from benchmarks/results/; run benchmarks/tables.py")
 
