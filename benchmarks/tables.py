@@ -79,17 +79,13 @@ def accuracies(name, key):
     }
 
 
-def mean_to_100(run):
-    return mean(value for k, value in run.items() if k <= 100)
-
-
 def sweep(name):
     """Accuracy over k, its mean up to 100, at the chosen k, whitened, and logistic regression."""
     found = accuracies(name, "accuracy")
     lines = []
     for k in found["pixels"][0]:
         lines.append([k, *(f"{mean(run[k] for run in runs):.1f}" for runs in found.values())])
-    means = [[mean_to_100(run) for run in runs] for runs in found.values()]
+    means = [[mean(run[k] for k in run if k <= 100) for run in runs] for runs in found.values()]
     lines.append(["**mean to 100**", *(f"**{mean(column):.2f}**" for column in means)])
     if any(len(column) > 1 for column in means):
         by_seed = (", ".join(f"{value:.2f}" for value in column) for column in means)
