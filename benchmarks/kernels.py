@@ -76,10 +76,10 @@ def size_of(tensor):
 
 
 def counted(function, *args, **options):
-    """The result of a call, and its kernels and bytes."""
+    """Kernels and bytes of a call."""
     with Count() as count:
-        result = function(*args, **options)
-    return result, count
+        function(*args, **options)
+    return count
 
 
 def parts_of(method, size, args):
@@ -91,7 +91,7 @@ def parts_of(method, size, args):
         images = torch.empty(args.batch_size, 3, size, size, dtype=torch.uint8)
         mean = torch.empty(3, 1, 1)
         view = module.choose_view("photo", False, size)
-        _, two_views = counted(module.two_views, images, view, size, mean, mean)
+        two_views = counted(module.two_views, images, view, size, mean, mean)
     names = dict(simclr="SimCLR", byol="BYOL", barlow_twins="BarlowTwins")
     heads = flags.hidden_dim, flags.projection_dim, flags.projection_layers
     known = inspect.signature(module.train_step).parameters.keys() & vars(flags).keys() - {"lr"}
@@ -105,10 +105,10 @@ def parts_of(method, size, args):
     with FakeTensorMode(allow_non_fake_inputs=True):
         pair = torch.empty(2, args.batch_size, 3, size, size).unbind()
         with torch.autocast("cpu", torch.bfloat16):
-            _, forward = counted(network, *pair)
+            forward = counted(network, *pair)
         step = network, optimizer, scaler, *pair, 0.1
-        _, total = counted(module.train_step, *step, **options)
-        _, update = counted(optimizer.step)
+        total = counted(module.train_step, *step, **options)
+        update = counted(optimizer.step)
     return {"two_views": two_views, "forward": forward, "train_step": total, "SGD": update}
 
 
