@@ -9,7 +9,6 @@ and outputs. `backward` includes the loss, `optimizer` BYOL's EMA.
 """
 
 import importlib
-import inspect
 import json
 import sys
 from collections import Counter
@@ -18,12 +17,10 @@ from pathlib import Path
 
 import torch
 import tyro
+from throughput import network_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import common
 
@@ -92,22 +89,14 @@ def parts_of(method, size, args):
         mean = torch.empty(3, 1, 1)
         view = module.choose_view("photo", False, size)
         two_views = counted(module.two_views, images, view, size, mean, mean)
-    names = dict(simclr="SimCLR", byol="BYOL", barlow_twins="BarlowTwins")
-    heads = flags.hidden_dim, flags.projection_dim, flags.projection_layers
-    known = inspect.signature(module.train_step).parameters.keys() & vars(flags).keys() - {"lr"}
-    # An unset --ema depends on the steps of a run.
-    options = {name: getattr(flags, name) or 0.99 for name in known} | dict(
-        amp_dtype=torch.bfloat16
-    )
-    encoder, dim = common.build_encoder(flags.encoder, size)
-    network = getattr(module, names[method])(encoder, dim, *heads)
+    network, own = network_of(module, flags, size)
     optimizer, scaler = module.make_optimizer(network, 1e-4), torch.amp.GradScaler(enabled=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         pair = torch.empty(2, args.batch_size, 3, size, size).unbind()
         with torch.autocast("cpu", torch.bfloat16):
             forward = counted(network, *pair)
         step = network, optimizer, scaler, *pair, 0.1
-        total = counted(module.train_step, *step, **options)
+        total = counted(module.train_step, *step, amp_dtype=torch.bfloat16, **own)
         update = counted(optimizer.step)
     return {"two_views": two_views, "forward": forward, "train_step": total, "SGD": update}
 

@@ -77,6 +77,19 @@ class Args:
     """write the result to this JSON file"""
 
 
+def network_of(module, args, size):
+    """The network of a method file, and its own arguments of train_step."""
+    encoder, dim = common.build_encoder(args.encoder, size, args.width)
+    network_class = next(
+        v for v in vars(module).values() if inspect.isclass(v) and issubclass(v, nn.Module)
+    )
+    heads = args.hidden_dim, args.projection_dim, args.projection_layers
+    # temperature, ema or lambd; an unset --ema depends on the steps of a run.
+    names = inspect.signature(module.train_step).parameters.keys() & vars(args).keys() - {"lr"}
+    own = {name: getattr(args, name) or 0.99 for name in names}
+    return network_class(encoder, dim, *heads), own
+
+
 class Step:
     """The steps of a method file's main, without its run folder."""
 
@@ -90,21 +103,12 @@ class Step:
         self.images, self.fresh_views, self.train = images.to(self.device), fresh_views, train
         size = images.shape[2]
         self.view = self.module.choose_view(args.augment, False, size)
-        encoder, feature_dim = common.build_encoder(args.encoder, size, args.width)
-        network_class = next(
-            v for v in vars(self.module).values() if inspect.isclass(v) and issubclass(v, nn.Module)
-        )
-        heads = args.hidden_dim, args.projection_dim, args.projection_layers
-        network = network_class(encoder, feature_dim, *heads)
+        network, self.own = network_of(self.module, args, size)
         network.to(self.device, memory_format=torch.channels_last)
         self.optimizer = self.module.make_optimizer(network, args.weight_decay)
         fp16 = self.amp_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.model = common.distribute(network, self.device, args.compile)
-        # temperature, ema or lambd
-        names = set(inspect.signature(self.module.train_step).parameters) & set(asdict(args))
-        # An unset --ema depends on the steps of a run.
-        self.own = {name: getattr(args, name) or 0.99 for name in names - {"lr"}}
         self.pair = self.draw()
 
     def draw(self):
