@@ -143,11 +143,19 @@ def lightly_transform(view, size, mean, std):
     transforms = []
     for blur_p, solarize_p in zip(view.blur_p, view.solarize_p):
         names = ("cj_bright", "cj_contrast", "cj_sat", "cj_hue")
-        options = dict(zip(names, view.jitter), cj_prob=view.jitter_p, cj_strength=1.0)
-        options |= dict(random_gray_scale=view.grayscale_p, gaussian_blur=blur_p)
-        options |= dict(solarization_prob=solarize_p, hf_prob=view.flip_p)
-        options |= dict(input_size=size, min_scale=view.crop[0])
-        transforms.append(BYOLView1Transform(**options, normalize=dict(mean=mean, std=std)))
+        transform = BYOLView1Transform(
+            **dict(zip(names, view.jitter)),
+            cj_prob=view.jitter_p,
+            cj_strength=1.0,
+            random_gray_scale=view.grayscale_p,
+            gaussian_blur=blur_p,
+            solarization_prob=solarize_p,
+            hf_prob=view.flip_p,
+            input_size=size,
+            min_scale=view.crop[0],
+            normalize=dict(mean=mean, std=std),
+        )
+        transforms.append(transform)
     return BYOLTransform(*transforms)
 
 
@@ -155,14 +163,12 @@ def lightly_loss(method, temperature=0.5, ema=0.0, lambd=5e-3):
     """lightly's loss of a network's output."""
     from lightly import loss as losses
 
-    if method == "simclr":
-        criterion = losses.NTXentLoss(temperature)
-        return lambda out: criterion(*out)
-    if method == "barlow_twins":
-        criterion = losses.BarlowTwinsLoss(lambd)
-        return lambda out: criterion(*out)
-    criterion = losses.NegativeCosineSimilarity()
-    return lambda out: 0.5 * (criterion(out[0], out[3]) + criterion(out[1], out[2]))
+    if method == "byol":
+        criterion = losses.NegativeCosineSimilarity()
+        return lambda out: 0.5 * (criterion(out[0], out[3]) + criterion(out[1], out[2]))
+    simclr = method == "simclr"
+    criterion = losses.NTXentLoss(temperature) if simclr else losses.BarlowTwinsLoss(lambd)
+    return lambda out: criterion(*out)
 
 
 class Lightly(Step):
