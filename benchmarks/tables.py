@@ -20,8 +20,13 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 READMES = ["README.md", "benchmarks/README.md"]
-COLUMNS = {"pixels": "pixels", "untrained": "untrained encoder", "simclr": "SimCLR"}
-COLUMNS |= {"byol": "BYOL", "barlow_twins": "Barlow Twins"}
+COLUMNS = dict(
+    pixels="pixels",
+    untrained="untrained encoder",
+    simclr="SimCLR",
+    byol="BYOL",
+    barlow_twins="Barlow Twins",
+)
 DIGITS, CIFAR10 = "digits-cpu", "cifar10-cpu"
 # Name of a plot of accuracies: recorded file, recorded table, title.
 PLOTS = {
@@ -31,12 +36,17 @@ PLOTS = {
     "cifar10-training": (CIFAR10, "curve", "CIFAR-10 (JPEG q75), an hour on one CPU core"),
 }
 NOISE = {"again/step": "full step / itself (noise)"}
-STEP = {"step/model": "full step / forward and backward only"}
-STEP |= {"variant/step": "bf16 / float32", **NOISE}
+STEP = {
+    "step/model": "full step / forward and backward only",
+    "variant/step": "bf16 / float32",
+    **NOISE,
+}
 COMPILED = {"variant/step": "compiled / eager", **NOISE}
-LIGHTLY = {"step/lightly shipped": "full step / lightly as shipped"}
-LIGHTLY |= {"step/lightly tuned": "full step / lightly, tuned"}
-LIGHTLY |= COMPILED
+LIGHTLY = {
+    "step/lightly shipped": "full step / lightly as shipped",
+    "step/lightly tuned": "full step / lightly, tuned",
+    **COMPILED,
+}
 
 
 @dataclass
@@ -90,11 +100,13 @@ def sweep(name):
     if any(len(column) > 1 for column in means):
         by_seed = (", ".join(f"{value:.2f}" for value in column) for column in means)
         lines.append(["by seed", *by_seed])
-    more = {"chosen k": lambda run: run["accuracy_at_chosen_k"]}
-    more["chosen k, whitened"] = lambda run: run.get("whitened")
-    more["1 label per class"] = lambda run: run["labels"]["1"]
-    more["1 label per class, whitened"] = lambda run: run.get("whitened_labels", {}).get("1")
-    more["logistic regression"] = lambda run: run.get("probe", {}).get("all")
+    more = {
+        "chosen k": lambda run: run["accuracy_at_chosen_k"],
+        "chosen k, whitened": lambda run: run.get("whitened"),
+        "1 label per class": lambda run: run["labels"]["1"],
+        "1 label per class, whitened": lambda run: run.get("whitened_labels", {}).get("1"),
+        "logistic regression": lambda run: run.get("probe", {}).get("all"),
+    }
     for title, value in more.items():
         columns = [[value(run) for run in runs] for runs in recorded(name).values()]
         cells = ["" if None in column else f"{100 * mean(column):.1f}" for column in columns]
