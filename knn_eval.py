@@ -557,7 +557,8 @@ def draw_neighbors(entry, get, args):
         size=9,
     )
     axes = figure.subplots(len(chosen), 7, squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
-    for i, near in enumerate(map(train.__getitem__, neighbors)):
+    for i, near in enumerate(neighbors):
+        near = train[near]
         labels = [chosen.labels[i], *near.labels]
         good = [not wrong[i], *(near.labels == labels[0])]
         numbers = ["", *(f" {closeness(distance, args):.2f}" for distance in distances[i])]
