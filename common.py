@@ -209,28 +209,22 @@ def seed_draws(seed, purpose, step=0):
     torch.manual_seed(int(state[0]) >> 1)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        out = x.new_empty(WORLD_SIZE * len(x), *x.shape[1:])
-        dist.all_gather(list(out.chunk(WORLD_SIZE)), x.contiguous())
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        # A copy: autograd may hand the same tensor to other nodes.
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(WORLD_SIZE)[RANK]
-
-
 def gather(z):
     """All-gather z [N, D] of every rank -> [WORLD_SIZE * N, D], with gradient.
 
-    Backward: all-reduce, return this rank's slice. A loss of the gathered batch, computed by every
-    rank, then has the gradient of one process after DDP's average.
+    The same loss of the gathered batch, computed by every rank, then has the gradient of one
+    process after DDP's average.
     """
-    return _Gather.apply(z) if WORLD_SIZE > 1 else z
+    if WORLD_SIZE == 1:
+        return z
+    z = z.contiguous()
+    parts = [torch.empty_like(z) for _ in range(WORLD_SIZE)]
+    dist.all_gather(parts, z.detach())
+    parts[RANK] = z
+    z = torch.cat(parts)
+    # Each rank contributes the gradient of its own part alone; DDP divides their sum.
+    z.register_hook(lambda gradient: WORLD_SIZE * gradient)
+    return z
 
 
 def distribute(network, device, compile=False):
