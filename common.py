@@ -232,9 +232,7 @@ def distribute(network, device, compile=False):
     if WORLD_SIZE > 1:
         if device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        network = nn.parallel.DistributedDataParallel(
-            network, [device] if device.type == "cuda" else None
-        )
+        network = nn.parallel.DistributedDataParallel(network)
     return torch.compile(network) if compile else network
 
 
