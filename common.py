@@ -408,20 +408,19 @@ def _torchvision(dataset, root):
     return images, labels, sets[0].classes, {}
 
 
-def read_npz(path, needed, optional=()):
+def read_npz(path, needed, optional):
     """Read arrays of an .npz file without running code from it. UserError if damaged."""
     with user_errors(f"cannot read {str(path)!r} as an .npz file"):
         with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in needed if name not in archive]
-            check(not missing, f"{str(path)!r} lacks {', '.join(missing)}")
-            return {name: archive[name] for name in [*needed, *optional] if name in archive}
+            check(needed in archive, f"{str(path)!r} lacks {needed}")
+            return {name: archive[name] for name in [needed, *optional] if name in archive}
 
 
 def _npz(dataset, path):
     """MedMNIST's form, also of more channels and bits; all but train_images are optional."""
     parts = ("train", "test")
     optional = [f"{part}_{name}" for part in parts for name in ("images", "labels", "groups")]
-    arrays = read_npz(path, ["train_images"], optional)
+    arrays = read_npz(path, "train_images", optional)
     first, images, labels, extra = arrays["train_images"], [], [], {}
     for part in parts:
         x = arrays.get(f"{part}_images", first[:0] if first.ndim else first)

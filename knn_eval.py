@@ -244,7 +244,7 @@ def read_embeddings(path):
     entry = SimpleNamespace(name=name)
     optional = "train_labels train_files train_groups test_features test_labels test_files"
     with user_errors(f"cannot evaluate {str(path)!r}"):
-        arrays = read_npz(path, ["train_features"], [*optional.split(), "class_names", "meta"])
+        arrays = read_npz(path, "train_features", [*optional.split(), "class_names", "meta"])
         for part in ("train", "test"):
             x = arrays.get(f"{part}_features", arrays["train_features"][:0])
             name, least = f"{part}_features", int(part == "train")
