@@ -6,6 +6,7 @@ gradient depends on these here: `build_encoder`, `gather` and `distribute` (seve
 """
 
 import csv
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -447,25 +448,17 @@ IMAGE_ENDINGS = ".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2".spli
 
 
 def _image_files(root):
-    """Names of the image files below root, sorted, and a Counter of the endings of other files."""
-    from torchvision.datasets.folder import make_dataset
+    """Names of the image files below root, sorted, and a Counter of the endings of other files.
 
-    others = Counter()
-
-    def is_image(path):
-        path = Path(path).relative_to(root)
-        if any(part.startswith(".") for part in path.parts):
-            return False
-        known = path.suffix.lower() in IMAGE_ENDINGS
-        others[path.suffix] += not known
-        return known
-
+    Links are followed; hidden files and folders are left out.
+    """
     check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
-    found = make_dataset(str(root), {"": 0}, is_valid_file=is_image, allow_empty=True)
-    names = [os.path.relpath(path, root) for path, _ in found]
+    found = sorted(glob.glob("**", root_dir=root, recursive=True))
+    files = [name for name in found if not os.path.isdir(root / name)]
+    names = [name for name in files if Path(name).suffix.lower() in IMAGE_ENDINGS]
     with user_errors(f"--data-dir {str(root)!r}: rename files, their names must be UTF-8"):
         "".join(names).encode()
-    return names, others
+    return names, Counter(Path(name).suffix for name in sorted({*files} - {*names}))
 
 
 def _list_folder(root, table):
@@ -500,8 +493,8 @@ def _list_folder(root, table):
         hint = f"the others are of {len(class_names)} classes: {', '.join(class_names[:10])}"
         hint = hint if class_names else "label them by two folders train/<class>/ or by --labels"
         print(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
-    if any(others.values()) and RANK == 0:
-        ignored = ", ".join(f"{n} {key}" for key, n in others.items() if n)
+    if others and RANK == 0:
+        ignored = ", ".join(f"{n} {key}" for key, n in others.items())
         print(f"note: ignored in {str(root)!r}: {ignored}")
     ids = {name: i for i, name in enumerate(class_names)}
     labels = [[ids.get(name, -1) for name in part] for part in labels]
