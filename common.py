@@ -579,8 +579,6 @@ def _decode(root, names, path, side, window, fit):
     """Write the decoded images to path, on all cores. UserError names every broken file."""
     free, size = shutil.disk_usage(path.parent).free, len(names) * 3 * side**2
     check(free > size, f"--cache-dir: {size} bytes needed in {str(path.parent)!r}, {free} free")
-    temporary = path.with_suffix(".tmp")
-    out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(names), 3, side, side))
 
     def decode(i):
         try:
@@ -589,18 +587,14 @@ def _decode(root, names, path, side, window, fit):
             name = str(root / names[i])
             return f"{name!r} cannot be read ({one_line(error)}); fix, convert or delete it"
 
-    try:
-        lines = prefetch(decode, range(len(names)), os.cpu_count() or 1)
+    with atomic_write(path) as file, warnings.catch_warnings():
+        # Pillow's warnings do not name the file.
+        warnings.simplefilter("ignore")
+        out = np.lib.format.open_memmap(file.name, "w+", np.uint8, (len(names), 3, side, side))
+        lines = prefetch(decode, range(len(names)), os.cpu_count())
         lines = tqdm(lines, "decoding", len(names), leave=False, disable=SILENT)
-        with warnings.catch_warnings():
-            # Pillow's warnings do not name the file.
-            warnings.simplefilter("ignore")
-            broken = [line for line in lines if line]
+        broken = [line for line in lines if line]
         check(not broken, "\n".join(broken))
-        out.flush()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_image(path, side, window=None, fit="crop"):
