@@ -561,17 +561,16 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
     facts.append([(stat.st_size, stat.st_mtime_ns) for stat in stats])
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.npy"
-    with user_errors(f"cannot use {str(path)!r} in --cache-dir", (OSError, ValueError)):
+    failed = f"cannot use {str(path)!r} in --cache-dir"
+    with user_errors(failed, (OSError, ValueError)), warnings.catch_warnings():
+        # Pillow's do not name the file; PyTorch's is on a read-only one, to which nothing writes.
+        warnings.simplefilter("ignore")
         cache_dir.mkdir(parents=True, exist_ok=True)
         # Other runs and ranks wait for the file.
         with filelock.FileLock(f"{path}.lock"):
             if not path.exists():
                 _decode(root, names, path, side, window, fit)
-        images = np.load(path, mmap_mode="r")
-    with warnings.catch_warnings():
-        # PyTorch warns that the mapped file is read-only; nothing writes to it.
-        warnings.simplefilter("ignore")
-        images = torch.from_numpy(images)
+        images = torch.from_numpy(np.load(path, mmap_mode="r"))
     return images.split([len(part) for part in files]), image_size, window
 
 
@@ -587,9 +586,7 @@ def _decode(root, names, path, side, window, fit):
             name = str(root / names[i])
             return f"{name!r} cannot be read ({one_line(error)}); fix, convert or delete it"
 
-    with atomic_write(path) as file, warnings.catch_warnings():
-        # Pillow's warnings do not name the file.
-        warnings.simplefilter("ignore")
+    with atomic_write(path) as file:
         out = np.lib.format.open_memmap(file.name, "w+", np.uint8, (len(names), 3, side, side))
         lines = prefetch(decode, range(len(names)), os.cpu_count())
         lines = tqdm(lines, "decoding", len(names), leave=False, disable=SILENT)
