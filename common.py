@@ -582,9 +582,8 @@ def _decode(root, names, path, side, window, fit):
     def decode(i):
         try:
             out[i] = read_image(root / names[i], side, window, fit)
-        except Exception as error:
-            name = str(root / names[i])
-            return f"{name!r} cannot be read ({one_line(error)}); fix, convert or delete it"
+        except UserError as error:
+            return f"{error}; fix, convert or delete it"
 
     with atomic_write(path) as file:
         out = np.lib.format.open_memmap(file.name, "w+", np.uint8, (len(names), 3, side, side))
@@ -598,15 +597,15 @@ def read_image(path, side, window=None, fit="crop"):
     """An image file as uint8 RGB [3, side, side], resized with antialiasing.
 
     window: the values that become 0 and 255 in files with more than 8 bits; fit: as in `square`.
-    ValueError where Pillow would drop bits, channels or frames, OSError if it cannot read the file.
+    UserError where Pillow would drop bits, channels or frames, or cannot read the file.
     """
-    with Image.open(path) as image:
+    with user_errors(f"{str(path)!r} cannot be read"), Image.open(path) as image:
         frames, bands = getattr(image, "n_frames", 1), len(image.getbands())
         # MPO: a photograph with another of its views.
         if frames > 1 and image.format != "MPO":
             raise ValueError(f"{frames} frames; save each as a file")
         # Of TIFF: samples per pixel, and the bits of each.
-        tags = image.tag_v2 if image.format == "TIFF" else {}
+        tags = getattr(image, "tag_v2", {})
         samples, bits = tags.get(277, bands), max(tags.get(258, (8,)))
         deep, wide = image.mode[0] in "IF", bits > 8 or re.search(";16|'ppm'", str(image.tile))
         if samples != bands or (wide and not deep):
@@ -784,13 +783,8 @@ def encode_files(path, files, device="cpu"):
     encoder, info = load_encoder(path)
     encoder.to(device)
     form, features = [info[key] for key in ("side", "window", "fit")], []
-
-    def read(file):
-        with user_errors(f"{str(file)!r} cannot be read"):
-            return read_image(file, *form)
-
     for start in range(0, len(files), 256):
-        pixels = np.stack([read(file) for file in files[start : start + 256]])
+        pixels = np.stack([read_image(file, *form) for file in files[start : start + 256]])
         images = square(torch.from_numpy(pixels), info["image_size"])
         images = normalize(images, info["mean"], info["std"])
         features.append(encoder(images.to(device)).cpu())
