@@ -349,8 +349,9 @@ def square(images, size, fit="crop"):
 def _squares(array, size, window, fit):
     """[N, H, W] or [N, H, W, C] -> uint8 [N, C, size, size]; gray images get three channels."""
     array, squares = array if array.ndim == 4 else array[..., None], []
-    for start in range(0, max(1, len(array)), 1024):
-        chunk = torch.from_numpy(to_uint8(array[start : start + 1024], window)).permute(0, 3, 1, 2)
+    # At least one chunk, also of no images.
+    for chunk in np.array_split(array, len(array) // 1024 + 1):
+        chunk = torch.from_numpy(to_uint8(chunk, window)).permute(0, 3, 1, 2)
         chunk = chunk.expand(-1, 3, -1, -1) if chunk.shape[1] == 1 else chunk
         squares.append(square(chunk, size, fit))
     return torch.cat(squares)
@@ -358,7 +359,7 @@ def _squares(array, size, window, fit):
 
 def sample_pixels(values, n):
     """n random elements of an array, the same for the same size."""
-    return np.ravel(values)[np.random.default_rng(0).integers(np.size(values), size=n)]
+    return np.random.default_rng(0).choice(np.ravel(values), n)
 
 
 def choose_window(values):
@@ -373,9 +374,7 @@ def to_uint8(values, window):
         return values
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
-    low, high = window
-    shares = (values.astype(np.float32) - low) / (high - low)
-    return np.rint(255 * shares.clip(0, 1)).astype(np.uint8)
+    return np.rint(np.interp(values, window, (0, 255))).astype(np.uint8)
 
 
 def _digits(dataset, root):
