@@ -264,9 +264,9 @@ class Images:
 
     # uint8 [N, C, S, S], S >= size: on the device, in memory, or mapped from a decoded folder.
     train: torch.Tensor
+    test: torch.Tensor
     # int64 [N] on the CPU
     train_labels: torch.Tensor
-    test: torch.Tensor
     test_labels: torch.Tensor
     class_names: list
     # side of the encoder's input in pixels
@@ -304,8 +304,9 @@ def load_images(
     device, root = torch.device(device), Path(data_dir)
     if dataset == "folder":
         files, ids, class_names, extra = _list_folder(root, labels)
-        source = root, files, Path(cache_dir), image_size, window, fit
-        images, image_size, window = _decode_folder(*source)
+        images, image_size, window = _decode_folder(
+            root, files, Path(cache_dir), image_size, window, fit
+        )
     else:
         load = dict(digits=_digits, npz=_npz).get(dataset, _torchvision)
         arrays, ids, class_names, extra = load(dataset, root)
@@ -328,9 +329,8 @@ def load_images(
     size = sum(part.numel() for part in images)
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
         images = [part.to(device) for part in images]
-    (train, test), ids = images, [torch.as_tensor(part).long() for part in ids]
-    facts = class_names, image_size, mean, std, gray, window, extra
-    return Images(train, ids[0], test, ids[1], *facts)
+    labels = (torch.as_tensor(part).long() for part in ids)
+    return Images(*images, *labels, class_names, image_size, mean, std, gray, window, extra)
 
 
 def square(images, size, fit="crop"):
