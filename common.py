@@ -384,23 +384,22 @@ def _digits(dataset, root):
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    train, test, train_labels, test_labels = train_test_split(
+    parts = train_test_split(
         images, digits.target, test_size=360, stratify=digits.target, random_state=0
     )
-    return [train, test], [train_labels, test_labels], [str(i) for i in range(10)], {}
+    return parts[:2], parts[2:], list("0123456789"), {}
 
 
 def _torchvision(dataset, root):
     import torchvision
 
     name = dict(fashion_mnist="FashionMNIST").get(dataset, dataset.upper())
-    splits = dict(train=True), dict(train=False)
-    if dataset == "stl10":
-        splits = dict(split="train+unlabeled"), dict(split="test")
+    # STL10's second argument is split, that of the others train.
+    splits = ("train+unlabeled", "test") if dataset == "stl10" else (True, False)
     help = f"place its original files in {str(root)!r} as torchvision does"
     with user_errors(f"could not get {dataset}; {help}"), local_rank_zero_first():
         data_class = getattr(torchvision.datasets, name)
-        sets = [data_class(root, download=True, **split) for split in splits]
+        sets = [data_class(root, split, download=True) for split in splits]
     images = [np.asarray(part.data) for part in sets]
     if dataset == "stl10":
         images = [array.transpose(0, 2, 3, 1) for array in images]

@@ -123,8 +123,8 @@ def test_torchvision_layouts_keep_size_and_order(monkeypatch, name, splits):
     """[N, H, W, 3] of CIFAR and [N, 3, H, W] of STL-10 become [N, 3, S, S], not transposed."""
     data, labels, seen = noise(3, 3, 32, 32), [0, 1, -1], []
 
-    def fake(root, download, **split):
-        seen.append(*split.values())
+    def fake(root, split, download):
+        seen.append(split)
         layout = data.transpose(0, 2, 3, 1) if name == "CIFAR10" else data
         return SimpleNamespace(data=layout, targets=labels, labels=labels, classes=[])
 
