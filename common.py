@@ -100,7 +100,7 @@ def cli(args_class, main, recipes=None):
         sys.exit(2)
 
 
-def resolve(args, recipes, n=None):
+def resolve(args, recipes, n=50_000):
     """Fill unset arguments (None or "auto") from the recipe of the data set; check the values.
 
     With n training images, an unset batch size is at most a quarter of them. The recipe of folder
@@ -113,11 +113,11 @@ def resolve(args, recipes, n=None):
         check(not known or value in (None, *choices), f"--{key} {value} must be one of {known}")
     recipe = dict(recipes[args.dataset])
     usual = recipe["batch_size"]
-    most = max(2, n // 4 // WORLD_SIZE) * WORLD_SIZE if n else usual
+    most = max(2, n // 4 // WORLD_SIZE) * WORLD_SIZE
     recipe["batch_size"] = args.batch_size or min(usual, most)
     # Linear scaling rule (Goyal et al. 2017, arXiv:1706.02677).
     recipe["lr"] *= recipe["batch_size"] / usual
-    if n and args.dataset in ("folder", "npz"):
+    if args.dataset in ("folder", "npz"):
         epochs = recipe["epochs"] * 50_000 / n * recipe["batch_size"] / usual
         recipe["epochs"] = max(recipe["epochs"], min(1000, round(epochs)))
     if args.init and args.init != "imagenet":
