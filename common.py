@@ -122,8 +122,7 @@ def resolve(args, recipes, n=50_000):
         recipe["epochs"] = max(recipe["epochs"], min(1000, round(epochs)))
     if args.init and args.init != "imagenet":
         made, keys = load_torch(args.init), ("encoder", "width", "image_size")
-        with user_errors(f"--init {args.init} is neither an encoder.pt nor a state dict"):
-            recipe |= {key: made[key] for key in keys if made.get(key)}
+        recipe |= {key: made[key] for key in keys if made.get(key)}
     for key, value in recipe.items():
         if getattr(args, key) in (None, "auto"):
             args = replace(args, **{key: value})
@@ -883,12 +882,12 @@ def save_torch(path, content):
 
 
 def load_torch(path):
-    """torch.load to the CPU without running code from the file. UserError if it is damaged."""
+    """A dict from a file, on the CPU, without running code from it. UserError if it is damaged."""
     with user_errors(f"cannot read {str(path)!r}"):
         with zipfile.ZipFile(path) as archive:
             # torch.load does not verify checksums.
             check(archive.testzip() is None, f"cannot read {str(path)!r} (wrong checksum)")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def git_commit():
