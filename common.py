@@ -664,16 +664,13 @@ def epoch_order(n, batch_size, seed, epoch):
 
 def batches(images, args, first_step, device):
     """Yield this rank's uint8 batch of every step from first_step to the end, on the device."""
-    steps_per_epoch = len(images) // args.batch_size
+    first_epoch, done = divmod(first_step, max(1, len(images) // args.batch_size))
 
     def indices():
-        for step in range(first_step, args.epochs * steps_per_epoch):
-            epoch, i = divmod(step, steps_per_epoch)
-            if i == 0 or step == first_step:
-                order = epoch_order(len(images), args.batch_size, args.seed, epoch)
-                # Once an epoch, so that no step waits for a copy.
-                order = order.to(images.device)
-            yield order[i]
+        for epoch in range(first_epoch, args.epochs):
+            order = epoch_order(len(images), args.batch_size, args.seed, epoch)
+            # Once an epoch, so that no step waits for a copy.
+            yield from order[done if epoch == first_epoch else 0 :].to(images.device)
 
     return take(images, indices(), device)
 
