@@ -24,7 +24,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -640,12 +640,14 @@ def take(images, indices, device):
     if images.device.type == device.type:
         yield from (images[index] for index in indices)
         return
-    cuda = device.type == "cuda"
 
     def read(index):
-        # Without the device, a thread would start a CUDA context on GPU 0.
-        with torch.cuda.device(device) if cuda else nullcontext():
-            return images[index].pin_memory() if cuda else images[index]
+        batch = images[index]
+        if device.type == "cuda":
+            # A thread would start a CUDA context on GPU 0.
+            torch.cuda.set_device(device)
+            batch = batch.pin_memory()
+        return batch
 
     for batch in prefetch(read, indices, threads=4):
         yield batch.to(device, non_blocking=True)
