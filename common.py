@@ -937,9 +937,8 @@ class Run:
         self.method, self.images, self.encoder = method, images, encoder
         # What build_encoder needs to make the encoder again, or the name of another class.
         other = dict(encoder=type(encoder).__name__, width=None)
-        self.architecture = getattr(encoder, "architecture", other)
-        resolved = dict(image_size=images.size, window=images.window, **self.architecture)
-        self.args = args = replace(args, **resolved)
+        made = getattr(encoder, "architecture", other)
+        self.args = args = replace(args, image_size=images.size, window=images.window, **made)
         self.state = dict(network=network, optimizer=optimizer, scaler=scaler)
         n, self.device = len(images.train), images.mean.device
         self.steps_per_epoch = n // args.batch_size
@@ -1177,11 +1176,17 @@ class Run:
         meta |= {key: getattr(args, key) for key in ("data_dir", "labels")}
         with atomic_write(self.dir / "embeddings.npz") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
-        info = dict(self.architecture, image_size=images.size, feature_dim=features.shape[1])
-        info |= dict(mean=images.mean.cpu(), std=images.std.cpu(), class_names=images.class_names)
-        info |= dict(side=images.train.shape[3], window=images.window, fit=args.fit)
-        state = {key: value.cpu().contiguous() for key, value in self.encoder.state_dict().items()}
-        save_torch(self.dir / "encoder.pt", dict(info, state_dict=state))
+        keys = "encoder width image_size window fit".split()
+        content = dict(
+            {key: getattr(args, key) for key in keys},
+            side=images.train.shape[3],
+            feature_dim=features.shape[1],
+            mean=images.mean.cpu(),
+            std=images.std.cpu(),
+            class_names=images.class_names,
+            state_dict={k: v.cpu().contiguous() for k, v in self.encoder.state_dict().items()},
+        )
+        save_torch(self.dir / "encoder.pt", content)
         records = [json.loads(line) for line in self.log_path.read_text().splitlines()]
         draw_curves(self.dir / "curves.png", records)
         self.tracker.log({name: self.dir / f"{name}.png" for name in ("curves", "views")})
