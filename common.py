@@ -949,11 +949,10 @@ class Run:
         # Sums of loss and spread over the steps of the epoch, on the device.
         self.totals = torch.zeros(2, device=self.device)
         self.stop_signal = 0
+        self.meta = dict(method=method, optimizer=type(optimizer).__name__)
+        self.meta |= {k: v for k, v in asdict(args).items() if k not in self.MAY_CHANGE}
         # What a resumed run must have in common with its first start.
-        self.facts = dict(
-            method=method, optimizer=type(optimizer).__name__, images=n, view=vars(view)
-        )
-        self.facts |= {k: v for k, v in asdict(args).items() if k not in self.MAY_CHANGE}
+        self.facts = dict(self.meta, images=n, view=vars(view))
 
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(broadcast(args.run_dir or f"runs/{name}"))
@@ -1172,8 +1171,7 @@ class Run:
         for part in ("train", "test"):
             arrays[f"{part}_features"] = features = embed(self.encoder, images, part)
             arrays[f"{part}_labels"] = getattr(images, f"{part}_labels").numpy()
-        meta = {k: v for k, v in self.facts.items() if k not in ("view", "images")}
-        meta |= {key: getattr(args, key) for key in ("data_dir", "labels")}
+        meta = dict(self.meta, data_dir=args.data_dir, labels=args.labels)
         with atomic_write(self.dir / "embeddings.npz") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
         keys = "encoder width image_size window fit".split()
