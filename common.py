@@ -1079,7 +1079,13 @@ class Run:
         every = 1 if self.device.type == "cpu" else 10 if WORLD_SIZE > 1 else 50
         if i % every and not (self.stop_signal and WORLD_SIZE == 1):
             return
-        agreed_signal = self._read_totals(step)
+        asked = torch.tensor(self.stop_signal, device=self.device)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            dist.all_reduce(self.totals)
+            self.totals /= WORLD_SIZE
+        agreed_signal = int(asked)
+        self._check_finite(self.totals[:1], f"the loss is not finite at step {step}")
         if i == 0:
             self._log_epoch(epoch, step, lr)
         due = epoch % self.args.checkpoint_every == 0 or epoch == self.args.epochs
@@ -1089,16 +1095,6 @@ class Run:
             self._stop(agreed_signal)
         if i == 0:
             self.epoch_start = time.perf_counter(), step + 1
-
-    def _read_totals(self, step):
-        """Average the totals over the ranks, check the loss; return the signal of any rank."""
-        asked = torch.tensor(self.stop_signal, device=self.device)
-        if WORLD_SIZE > 1:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            dist.all_reduce(self.totals)
-            self.totals /= WORLD_SIZE
-        self._check_finite(self.totals[:1], f"the loss is not finite at step {step}")
-        return int(asked)
 
     def _check_finite(self, tensor, message):
         kept = "; the last checkpoint is kept" if (self.dir / "checkpoint.pt").exists() else ""
