@@ -976,10 +976,9 @@ class Run:
             if Run.lock:
                 Run.lock.release()
             Run.lock = filelock.FileLock(self.dir / ".lock")
-            try:
+            used = f"--run-dir {str(self.dir)!r} is in use by another run"
+            with user_errors(used, filelock.Timeout):
                 self.lock.acquire(timeout=0)
-            except filelock.Timeout:
-                raise UserError(f"--run-dir {str(self.dir)!r} is in use by another run") from None
         return load_torch(path) if path.exists() else None
 
     def _resume(self, checkpoint):
