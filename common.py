@@ -1053,11 +1053,11 @@ class Run:
                 signal.signal(number, before[number])
 
         before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-        first, train = self.first_step, self.images.train
+        first = self.first_step
         self.epoch_start = time.perf_counter(), first
         self.bar = tqdm(total=self.steps, initial=first, unit="step", disable=SILENT)
         try:
-            yield from enumerate(batches(train, self.args, first, self.device), first)
+            yield from enumerate(batches(self.images.train, self.args, first, self.device), first)
             if self.stop_signal and WORLD_SIZE == 1:
                 # The signal came during the last evaluation.
                 self._stop(self.stop_signal)
