@@ -8,7 +8,6 @@ gradient depends on these here: `build_encoder`, `gather` and `distribute` (seve
 import csv
 import glob
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
@@ -995,19 +994,22 @@ class Run:
 
     def _start(self):
         """Drop log lines after the checkpoint, write args.json, start Weights & Biases."""
+        import torchvision
+
         self.log_path = self.dir / "log.jsonl"
         lines = self.log_path.read_text().splitlines(True) if self.log_path.exists() else []
         with atomic_write(self.log_path) as file:
             kept = lines[: self.first_step // max(1, self.steps_per_epoch)]
             file.write("".join(kept).encode())
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+        versions = dict(torch=torch.__version__, torchvision=torchvision.__version__)
+        versions["python"] = sys.version.split()[0]
         cuda = self.device.type == "cuda"
         config = dict(
             method=self.method,
             args=asdict(self.args),
             device=torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             processes=WORLD_SIZE,
-            versions=dict(versions, python=sys.version.split()[0]),
+            versions=versions,
             command=shlex.join(sys.argv),
             commit=git_commit(),
             wandb_id=self.wandb_id,
