@@ -59,6 +59,11 @@ def check(condition, message):
         raise UserError(message)
 
 
+def check_finite(tensor, what):
+    """Raise UserError unless all values are finite."""
+    check(torch.isfinite(tensor).all(), f"{what} not finite; a lower --lr may help")
+
+
 def one_line(error):
     """The text of an exception on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -807,7 +812,7 @@ def embed(encoder, images, part, rows=None):
         features.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float())
     encoder.train(was_training)
     features = torch.cat(features)
-    check(torch.isfinite(features).all(), "the features are not finite; a lower --lr may help")
+    check_finite(features, "the features are")
     return features.cpu().numpy()
 
 
@@ -1086,7 +1091,7 @@ class Run:
             dist.all_reduce(self.totals)
             self.totals /= WORLD_SIZE
         agreed_signal = int(asked)
-        self._check_finite(self.totals[:1], f"the loss is not finite at step {step}")
+        check_finite(self.totals[:1], f"step {step}: the loss is")
         if i == 0:
             self._log_epoch(epoch, step, lr)
         due = epoch % self.args.checkpoint_every == 0 or epoch == self.args.epochs
@@ -1096,10 +1101,6 @@ class Run:
             self._stop(agreed_signal)
         if i == 0:
             self.epoch_start = time.perf_counter(), step + 1
-
-    def _check_finite(self, tensor, message):
-        kept = "; the last checkpoint is kept" if (self.dir / "checkpoint.pt").exists() else ""
-        check(torch.isfinite(tensor).all(), f"{message}; a lower --lr may help{kept}")
 
     def _log_epoch(self, epoch, step, lr):
         loss, spread = (self.totals / self.steps_per_epoch).tolist()
@@ -1136,7 +1137,7 @@ class Run:
             return
         state = {name: module.state_dict() for name, module in self.state.items()}
         for value in state["network"].values():
-            self._check_finite(value, f"the weights are not finite after step {step}")
+            check_finite(value, f"step {step}: the weights are")
         state |= dict(step=step + 1, totals=self.totals, facts=self.facts, wandb_id=self.wandb_id)
         save_torch(self.dir / "checkpoint.pt", state)
 

@@ -486,8 +486,8 @@ def test_file_size_limit_keeps_the_checkpoint(stopped, train, tiny, folder, fini
 @pytest.mark.parametrize(
     "at, stop, says, kept",
     [
-        (4, False, "the loss is not finite at step 5", 3),
-        (4, True, "the weights are not finite after step 4", 3),
+        (4, False, "step 5: the loss is not finite", 3),
+        (4, True, "step 4: the weights are not finite", 3),
         (8, False, "not finite", 6),
     ],
 )
