@@ -509,17 +509,18 @@ def _read_table(path, names):
     """The rows of --labels by file name. UserError names the line of a mistake."""
     with user_errors(f"cannot read --labels {path!r}"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
+            reader = csv.DictReader(file, restval="", skipinitialspace=True)
             lines = [(reader.line_num, row) for row in reader]
             columns = reader.fieldnames or []
     known = {"file", "label"} <= {*columns}
     check(known, f"--labels {path!r} needs the columns file and label in line 1, not {columns}")
     rows, names, mistakes = {}, {*names}, []
     for number, row in lines:
-        if any(row.get(None, ())):
+        # Values beyond the last column.
+        if any(row.pop(None, ())):
             mistakes.append(f"line {number}: more values than columns")
-        row = {key: value.strip() for key, value in row.items() if isinstance(value, str)}
-        name, split = os.path.normpath(row.get("file") or ""), row.get("split") or "train"
+        row = {key: value.strip() for key, value in row.items()}
+        name, split = os.path.normpath(row["file"]), row.get("split") or "train"
         if name not in names:
             mistakes.append(f"line {number}: {name!r} is not an image below --data-dir")
         elif name in rows:
