@@ -793,9 +793,8 @@ def encode_files(path, files, device="cpu"):
 
 
 def normalize(images, mean, std):
-    """uint8 or [0, 1] float images [N, C, H, W] -> (images - mean) / std, both [C, 1, 1]."""
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
-    return (images - mean) / std
+    """uint8 images [N, C, H, W] -> (images / 255 - mean) / std, float32; both [C, 1, 1]."""
+    return (images / 255 - mean) / std
 
 
 @torch.no_grad()
