@@ -59,6 +59,12 @@ def check(condition, message):
         raise UserError(message)
 
 
+def note(text):
+    """Print on one rank only."""
+    if RANK == 0:
+        print(text)
+
+
 def check_finite(tensor, what):
     """Raise UserError unless all values are finite."""
     check(torch.isfinite(tensor).all(), f"{what} not finite; a lower --lr may help")
@@ -184,10 +190,10 @@ def set_up(args):
         # torch.cuda.is_bf16_supported() counts emulation, so ask for the capability.
         native = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bf16" if native else "fp16" if cuda else "fp32"
-        if device.type == "cpu" and RANK == 0 and torch.cpu._is_avx512_bf16_supported():
+        if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
             # Of a ResNet-18 (benchmarks/README.md, speed). float32 gives the same bytes everywhere.
             times = 2.4 if torch.cpu._is_amx_tile_supported() else 1.8
-            print(f"note: on this processor --precision bf16 is up to {times} times as fast")
+            note(f"note: on this processor --precision bf16 is up to {times} times as fast")
     check(cuda or precision != "fp16", f"--precision fp16 needs --device cuda, not {device.type}")
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
@@ -321,8 +327,8 @@ def load_images(
             images = [_squares(array, image_size, window, fit) for array in arrays]
     check(len(images[0]), f"--data-dir {data_dir!r} has no training images")
     both = {*extra.get("train_groups", ())} & {*extra.get("test_groups", ())}
-    if both and RANK == 0:
-        print(f"warning: {len(both)} groups are in training and test: accuracies are too high")
+    if both:
+        note(f"warning: {len(both)} groups are in training and test: accuracies are too high")
 
     # A sample of 32 MB gives the mean and the standard deviation.
     sample = images[0][:: math.ceil(images[0].numel() / 2**25)]
@@ -490,13 +496,13 @@ def _list_folder(root, table):
     unknown = {*labels[1]} - {None, *class_names}
     check(not unknown or not class_names, f"train/ lacks classes of test images: {[*unknown][:5]}")
     unlabelled = sum(name not in class_names for name in labels[0])
-    if unlabelled and RANK == 0:
+    if unlabelled:
         hint = f"the others are of {len(class_names)} classes: {', '.join(class_names[:10])}"
         hint = hint if class_names else "label them by two folders train/<class>/ or by --labels"
-        print(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
-    if others and RANK == 0:
+        note(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
+    if others:
         ignored = ", ".join(f"{n} {key}" for key, n in others.items())
-        print(f"note: ignored in {str(root)!r}: {ignored}")
+        note(f"note: ignored in {str(root)!r}: {ignored}")
     ids = {name: i for i, name in enumerate(class_names)}
     labels = [[ids.get(name, -1) for name in part] for part in labels]
     extra = dict(zip(("train_files", "test_files"), (np.array(part, np.str_) for part in files)))
@@ -552,8 +558,8 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
     window = window or (choose_window(np.concatenate(values)) if deep else None)
     low, high = np.array(sizes or [(224, 224)]).T
     kept = (low / high).mean()
-    if fit == "crop" and kept < 0.5 and RANK == 0:
-        print(f"note: center squares keep {kept:.0%} of the pixels; --fit pad or stretch keeps all")
+    if fit == "crop" and kept < 0.5:
+        note(f"note: center squares keep {kept:.0%} of the pixels; --fit pad or stretch keeps all")
     usual = int(np.median(high if fit == "pad" else low))
     image_size = image_size or min(224, usual)
     side = max(image_size, min(image_size * 3 // 2, usual))
@@ -755,9 +761,8 @@ def load_weights(encoder, init):
     left = [f"{key} {list(own[key].shape)}" for key in own if key not in same]
     check(len(left) < len(own) / 2, f"--init {init} does not fit --encoder {name} and --width")
     encoder.load_state_dict({key: state[key] for key in same}, strict=False)
-    if RANK == 0:
-        rest = f"; not in it, or of another shape: {', '.join(left[:5])}" if left else ""
-        print(f"--init {init}: loaded {len(same)} of {len(own)} tensors{rest}")
+    rest = f"; not in it, or of another shape: {', '.join(left[:5])}" if left else ""
+    note(f"--init {init}: loaded {len(same)} of {len(own)} tensors{rest}")
     return mean, std
 
 
