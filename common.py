@@ -392,10 +392,8 @@ def _digits(dataset, root):
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(
-        images, digits.target, test_size=360, stratify=digits.target, random_state=0
-    )
+    images, labels = to_uint8(digits.images, (0, 16)), digits.target
+    parts = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
     return parts[:2], parts[2:], list("0123456789"), {}
 
 
