@@ -504,7 +504,8 @@ def _list_folder(root, table):
     ids = {name: i for i, name in enumerate(class_names)}
     labels = [[ids.get(name, -1) for name in part] for part in labels]
     extra = dict(zip(("train_files", "test_files"), (np.array(part, np.str_) for part in files)))
-    if any(row.get("group") for row in rows.values()):
+    # By default an image is a group of its own.
+    if groups != files:
         extra["train_groups"], extra["test_groups"] = (np.array(part, np.str_) for part in groups)
     return files, labels, class_names, extra
 
