@@ -866,7 +866,6 @@ def knn_monitor(encoder, images, k):
 @contextmanager
 def atomic_write(path):
     """Yield a binary file that becomes `path` once it is complete; a failure keeps the old file."""
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with user_errors(f"cannot write {str(path)!r}", OSError):
