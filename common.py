@@ -1041,7 +1041,7 @@ class Run:
         train = self.images.train
         # At random: the images may be sorted by class.
         sample = train[torch.randperm(len(train))[:8]].to(self.device)
-        columns = [square(sample, self.images.size).float() / 255]
+        columns = [square(sample, self.images.size) / 255]
         columns += [view for _ in range(3) for view in draw(sample)]
         rows = torch.stack(columns, 1).flatten(0, 1)
         # The first three channels, or the first of two.
