@@ -358,8 +358,8 @@ def square(images, size, fit="crop"):
 def _squares(array, size, window, fit):
     """[N, H, W] or [N, H, W, C] -> uint8 [N, C, size, size]; gray images get three channels."""
     array, squares = array if array.ndim == 4 else array[..., None], []
-    # At least one chunk, also of no images.
-    for chunk in np.array_split(array, len(array) // 1024 + 1):
+    # At least one chunk, also of no images. np.interp takes 8 bytes a pixel.
+    for chunk in np.array_split(array, len(array) // 512 + 1):
         chunk = torch.from_numpy(to_uint8(chunk, window)).permute(0, 3, 1, 2)
         chunk = chunk.expand(-1, 3, -1, -1) if chunk.shape[1] == 1 else chunk
         squares.append(square(chunk, size, fit))

@@ -339,7 +339,7 @@ def pictures(entry, args):
 
 def visible(images):
     """The first three channels of images [N, H, W, C], or three times the first of two."""
-    return images[..., np.arange(3) * (images.shape[3] > 2)]
+    return images[..., :3] if images.shape[3] > 2 else images[..., [0, 0, 0]]
 
 
 def pixels_of(runs, args):
@@ -597,9 +597,10 @@ def draw_embedding(entry, get, args):
     classes, ids = np.unique(part.labels, return_inverse=True)
     colors = [*colormaps["tab10" if len(classes) <= 10 else "tab20"].colors] * len(classes)
     for i, label in enumerate(classes):
-        colors[i] = "0.7" if label == -1 else colors[i]
-        title = entry.class_name(label) or "unlabelled"
-        axes.scatter(*points[ids == i].T, s=8, color=colors[i], label=title)
+        colors[i] = (0.7, 0.7, 0.7) if label == -1 else colors[i]
+        # For the legend.
+        axes.scatter([], [], s=8, color=colors[i], label=entry.class_name(label) or "unlabelled")
+    axes.scatter(*points.T, s=8, color=[colors[i] for i in ids])
     if get:
         # One image in each cell of a grid of 20 x 20.
         cells = np.digitize(points, np.linspace(points.min(), points.max(), 21))
