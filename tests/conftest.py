@@ -1,6 +1,7 @@
-"""What the tests share: tiny data, tiny runs, the command line in this process, one_graph."""
+"""What the tests share: tiny data and runs, the command line in this process, stops, one_graph."""
 
 import importlib
+import json
 import os
 import sys
 import warnings
@@ -55,6 +56,22 @@ def flags(**values):
         elif value is not None:
             words += [f"--{key}", str(value)]
     return words
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def at_step(monkeypatch, chosen, action):
+    """Call action() while this step is under way."""
+    record = common.Run.record
+
+    def recording(run, step, *rest):
+        if step == chosen:
+            action()
+        record(run, step, *rest)
+
+    monkeypatch.setattr(common.Run, "record", recording)
 
 
 def waits(operator, args):

@@ -236,14 +236,6 @@ def test_blur_p_and_solarize_p_are_of_the_first_and_the_second_view(squares, nam
         assert [float(share > 0.5) for share in changed] == [*p] and min(changed) == 0
 
 
-def test_views_stay_with_their_image(squares):
-    """augment shuffles the images for color_jitter and restores their order."""
-    view = simclr.View(jitter=(0.01, 0.01, 0.01, 0.01), noise=0.001)
-    for v in simclr.two_views(squares, view):
-        nearest = torch.cdist(v.flatten(1), squares.flatten(1) / 255).argmin(1)
-        assert torch.equal(nearest, torch.arange(N))
-
-
 def test_noise_is_gray_and_up_to_its_standard_deviation():
     """The same in all channels; each image draws its standard deviation from 0 to `noise`."""
     x = torch.full((1000, 3, 40, 40), 128, dtype=torch.uint8)
@@ -273,8 +265,8 @@ def test_overhead_views_have_all_eight_orientations(squares):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_views_of_other_channels_have_no_color_ops(squares, method, channels):
-    """Brightness and contrast by the mean of the channels; no hue, grayscale or solarization."""
+def test_color_jitter_of_other_channels(squares, channels):
+    """Brightness and contrast by the mean of the channels, no hue."""
     x = squares[:, :1].repeat(1, channels, 1, 1)
     x[:, -1] = 255 - x[:, -1]
     factors = uniform(0.6, 1.4, N, 3)
@@ -285,9 +277,6 @@ def test_views_of_other_channels_have_no_color_ops(squares, method, channels):
     mean = bright.mean((1, 2, 3), keepdim=True)
     expected = (mean + factors[:, 1:2, None, None] * (bright - mean)).clamp(0, 1)
     torch.testing.assert_close(found, expected)
-    for augment in ("photo", "overhead"):
-        for v in method.two_views(x, method.choose_view(augment, True, 40)):
-            assert v.shape == (N, channels, 40, 40)
 
 
 @pytest.mark.parametrize("augment", ["photo", "none"])

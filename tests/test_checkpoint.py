@@ -15,17 +15,13 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags
+from conftest import ROOT, at_step, flags, read_log
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import byol
 import common
 import simclr
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def read_checkpoint(folder):
@@ -38,18 +34,6 @@ def outcome(folder):
     for record in records:
         del record["seconds"], record["samples_per_sec"]
     return [(folder / name).read_bytes() for name in ("encoder.pt", "embeddings.npz")], records
-
-
-def at_step(monkeypatch, chosen, action):
-    """Call action() while this step is under way."""
-    record = common.Run.record
-
-    def recording(run, step, *rest):
-        if step == chosen:
-            action()
-        record(run, step, *rest)
-
-    monkeypatch.setattr(common.Run, "record", recording)
 
 
 @pytest.fixture

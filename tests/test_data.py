@@ -585,19 +585,6 @@ def test_init_imagenet(monkeypatch):
         common.load_weights(encoder, "imagenet")
 
 
-def test_small_sets_get_smaller_batches_and_more_epochs(method):
-    """Unset: a quarter of the images a batch, and the recipe's steps up to 1,000 epochs."""
-    recipe = method.RECIPES["folder"]
-    for n, batch_size, epochs in ((100, 25, 1000), (1000, 250, 1000), (20000, 512, 500)):
-        args = common.resolve(method.Args(dataset="folder"), method.RECIPES, n)
-        assert (args.batch_size, args.epochs) == (batch_size, epochs)
-        assert args.lr == pytest.approx(recipe["lr"] * batch_size / recipe["batch_size"])
-    args = common.resolve(method.Args(dataset="folder", epochs=3), method.RECIPES, 100)
-    assert args.epochs == 3
-    args = common.resolve(method.Args(dataset="folder"), method.RECIPES, 10**6)
-    assert args.epochs == recipe["epochs"]
-
-
 # ---------------------------------------------------------------- decoded images
 
 

@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import METHODS, ROOT, flags
-from torch import nn
+from conftest import METHODS, ROOT, at_step, flags, read_log
+from test_methods import build, own
 
 import common
 import simclr
@@ -25,17 +25,9 @@ def train(module):
     In float64, with BatchNorm in eval mode: on CPUs its batch statistics are those of a process.
     """
     torch.manual_seed(0)
-    (network_class,) = (
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, nn.Module)
-    )
-    encoder, feature_dim = common.build_encoder("resnet10", 8, 16)
-    network = network_class(encoder, feature_dim, 16, 10).double().eval()
-    recipe, parameters = module.RECIPES["digits"], inspect.signature(module.train_step).parameters
-    # temperature, ema or lambd
-    options = {name: recipe[name] for name in parameters if name in recipe and name != "lr"}
-    if "gather" in parameters:
+    network = build(module, *common.build_encoder("resnet10", 8, 16)).double().eval()
+    options = own(module)
+    if "gather" in inspect.signature(module.train_step).parameters:
         options["gather"] = common.gather
     optimizer = module.make_optimizer(network, 0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -54,18 +46,6 @@ def train(module):
     return dict(losses=losses, gradients=gradients, weights=network.state_dict())
 
 
-def signal_at(chosen, number):
-    """A Run.record during which the last rank alone gets a signal in the chosen step."""
-    record = common.Run.record
-
-    def recording(run, step, *rest):
-        if step == chosen and common.RANK == common.WORLD_SIZE - 1:
-            signal.raise_signal(number)
-        record(run, step, *rest)
-
-    return recording
-
-
 def process(rank, world_size, out, args):
     """What one of several processes finds, in out/<rank>.pt."""
     torch.set_num_threads(1)
@@ -78,7 +58,9 @@ def process(rank, world_size, out, args):
             (out / "downloaded").touch()
         found["downloaded"] = (out / "downloaded").exists()
     found["broadcast"] = common.broadcast(rank)
-    common.Run.record = signal_at(4, signal.SIGTERM)
+    # Only the last rank gets it.
+    stop = lambda: rank == world_size - 1 and signal.raise_signal(signal.SIGTERM)  # noqa: E731
+    at_step(pytest.MonkeyPatch(), 4, stop)
     with pytest.raises(SystemExit) as end:
         simclr.main(args)
     found["status"] = end.value.code
@@ -140,7 +122,7 @@ def test_sigterm_on_one_rank_stops_all_at_the_same_step(ranks):
     out, found = ranks
     assert [rank["status"] for rank in found] == [143] * len(found)
     assert torch.load(out / "run" / "checkpoint.pt")["step"] == 5
-    assert len((out / "run" / "log.jsonl").read_text().splitlines()) == 1
+    assert len(read_log(out / "run")) == 1
 
 
 def test_local_rank_zero_first_and_broadcast(ranks):
@@ -186,10 +168,10 @@ def test_torchrun_sigterm_and_resume_on_one_process(tiny, tmp_path, run_cli, mon
     before = log.read_text()
     assert before.count("\n") == step // 3 > 0
 
-    monkeypatch.setattr(common.Run, "record", signal_at(step + 6, signal.SIGINT))
+    at_step(monkeypatch, step + 6, lambda: signal.raise_signal(signal.SIGINT))
     assert run_cli(simclr, *flags(**options, resume=True)).status == 130
     assert log.read_text().startswith(before)
-    epochs = [json.loads(line)["epoch"] for line in log.read_text().splitlines()]
+    epochs = [record["epoch"] for record in read_log(tmp_path / "run")]
     assert epochs == list(range(1, (step + 7) // 3 + 1))
     assert json.loads((tmp_path / "run" / "args.json").read_text())["processes"] == 1
 

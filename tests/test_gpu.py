@@ -4,8 +4,8 @@ SSL_TEST_DEVICE=cpu rehearses it on a CPU, without fp16, which needs a GPU.
 """
 
 import contextlib
-import json
 import os
+import signal
 
 # cuBLAS reads it when it starts; for --deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -15,11 +15,12 @@ import pytest
 import test_methods
 import torch
 import torch.nn.functional as F
+from conftest import at_step, read_log
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 from test_knn import KS, clusters
 from test_losses import draw, losses  # noqa: F401
-from test_methods import resumed, small, stop_in_second_epoch, watched_run  # noqa: F401
+from test_methods import resumed, small, watched_run  # noqa: F401
 
 import common
 import knn_eval
@@ -117,10 +118,6 @@ def sync_is_an_error():
     torch.cuda.set_sync_debug_mode("default")
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_run_learns_without_waiting(method, watched_run, monkeypatch, precision):  # noqa: F811
     """Eager and compiled: PyTorch refuses to wait for the GPU, the losses agree."""
@@ -149,7 +146,7 @@ def test_deterministic_run_resumes_to_the_same_bytes(method, resumed, precision)
 def test_checkpoint_resumes_on_the_other_device(method, tiny, small, monkeypatch):  # noqa: F811
     """Started on the GPU, ended on the CPU; encoder.pt gives the CPU's features."""
     changes = tiny(run_dir="run", resume=True, precision="fp32")
-    stop_in_second_epoch(monkeypatch, method)
+    at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit, match="143"):
         method.main(method.Args(**dict(changes, device=DEVICE)))
     folder = method.main(method.Args(**changes))

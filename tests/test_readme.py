@@ -17,7 +17,7 @@ import torch
 import torch.distributed.run as torchrun
 import torch.nn.functional as F
 import tyro
-from conftest import METHODS, ROOT
+from conftest import METHODS, ROOT, read_log
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.flop_counter import FlopCounterMode
@@ -156,9 +156,8 @@ def test_run_folder_and_log_keys(finished):
     arrays = set("embeddings.npz train_files test_files train_groups test_groups".split())
     assert set(rows["embeddings.npz"]) == {*np.load(folder / "embeddings.npz"), *arrays}
     keys = re.findall(r"`(\w+)`", text.split("`log.jsonl` has")[1])
-    record = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     # scale: in fp16 only.
-    assert sorted(keys) == sorted([*record, "scale"])
+    assert sorted(keys) == sorted([*read_log(folder)[-1], "scale"])
 
 
 def test_numbered_details_name_code_that_exists():

@@ -9,9 +9,8 @@ import struct
 import sys
 
 import pytest
-from conftest import flags
+from conftest import at_step, flags, read_log
 
-import common
 import knn_eval
 import simclr
 
@@ -79,8 +78,8 @@ def test_track_logs_config_epochs_and_pictures(run_cli, tiny, method, finished, 
     assert (run.project, run.run_group, run.display_name) == ("proj", f"{name}-npz", "run")
     saved = json.loads((folder / "args.json").read_text())
     assert saved.items() <= config.items() and run.run_id == saved["wandb_id"]
-    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    for row, record in zip([row for row in history if "epoch" in row], logged, strict=True):
+    rows = [row for row in history if "epoch" in row]
+    for row, record in zip(rows, read_log(folder), strict=True):
         assert row["_step"] == record["step"] and record.items() <= row.items()
     pictures = (folder / "wandb").glob("offline-run-*/files/media/images/*.png")
     assert sorted(path.name.split("_")[0] for path in pictures) == ["curves", "views"]
@@ -90,16 +89,9 @@ def test_track_logs_config_epochs_and_pictures(run_cli, tiny, method, finished, 
 
 def test_resume_continues_the_wandb_run(run_cli, tiny, tmp_path, monkeypatch):
     """A resumed run has the id of the stopped one, and logs the epochs that are left."""
-    record = common.Run.record
-
-    def stop(self, step, *rest):
-        if step == 4:
-            signal.raise_signal(signal.SIGINT)
-        record(self, step, *rest)
-
     words = flags(**tiny(run_dir=tmp_path / "run", track=True))
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "record", stop)
+        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
         assert run_cli(simclr, *words).status == 130
     assert run_cli(simclr, *words, "--resume").status == 0
     first, second = read_back(tmp_path / "run")
