@@ -191,4 +191,6 @@ def test_more_processes_than_gpus_is_refused(refused, tiny, monkeypatch):
     # In which rank 0 would print the error.
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     words = flags(**tiny(device="cuda", batch_size=200))
-    refused(simclr, *words, says=["--device cuda (rank 99) is not available"])
+    refused(
+        simclr, *words, says=["--device cuda (rank 99) is not available; use --device auto or cpu"]
+    )
