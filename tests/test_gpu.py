@@ -16,14 +16,11 @@ import test_methods
 import torch
 import torch.nn.functional as F
 from conftest import at_step, read_log
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import normalize
-from test_knn import KS, clusters
+from test_knn import test_torch_device_and_small_chunks_equal_scikit_learn  # noqa: F401
 from test_losses import draw, losses  # noqa: F401
 from test_methods import resumed, small, watched_run  # noqa: F401
 
 import common
-import knn_eval
 import simclr
 
 DEVICE = os.environ.get("SSL_TEST_DEVICE", "cuda")
@@ -162,31 +159,3 @@ def test_embeddings_of_a_gpu_equal_the_cpu(method, tiny):
     found = np.load(folder / "embeddings.npz")["train_features"]
     # cuDNN's convolutions may use TF32.
     assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
-
-
-# ---------------------------------------------------------------- nearest neighbors
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("chunk", [512, 7])
-def test_knn_sweep_equals_scikit_learn(metric, chunk, monkeypatch):
-    """In large chunks and in small ones."""
-    monkeypatch.setattr(knn_eval, "CHUNK", chunk)
-    train, labels, test, _ = clusters()
-    device = torch.device(DEVICE)
-    found = knn_eval.knn_sweep(train, labels, test, KS, metric=metric, device=device)
-    a, b = (normalize(train), normalize(test)) if metric == "cosine" else (train, test)
-    for k in KS:
-        expected = KNeighborsClassifier(k).fit(a, labels).predict(b)
-        assert (found[k] == expected).all()
-
-
-@pytest.mark.parametrize("vote", ["uniform", "softmax"])
-def test_knn_sweep_leave_one_out_equals_the_cpu(vote):
-    """test_features None: each training point is left out."""
-    train, labels, _, _ = clusters()
-    found, expected = (
-        knn_eval.knn_sweep(train, labels, None, KS, vote=vote, device=device)
-        for device in (torch.device(DEVICE), None)
-    )
-    assert all((found[k] == expected[k]).all() for k in KS)
