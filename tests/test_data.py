@@ -133,6 +133,21 @@ def test_torchvision_layouts_keep_size_and_order(monkeypatch, name, splits):
     assert images.train_labels.tolist() == labels and not images.gray and seen == splits
 
 
+def test_cifar10_jpeg_folder(tmp_path):
+    """The pixels of CIFAR-10's JPEG files are Pillow's, in classes sorted by name."""
+    source = os.environ.get("SSL_TEST_CIFAR10")
+    if not source:
+        pytest.skip("SSL_TEST_CIFAR10 does not name the folder with train/ and test/")
+    (tmp_path / "train").symlink_to(f"{source}/test")
+    images = load(tmp_path)
+    assert images.train.shape == (10000, 3, 32, 32) and images.class_names[::9] == [
+        "airplane",
+        "truck",
+    ]
+    for name, image in zip(images.extra["train_files"][::999], images.train[::999]):
+        np.testing.assert_array_equal(as_hwc(image), Image.open(tmp_path / name))
+
+
 # ---------------------------------------------------------------- folders of images
 
 # Files, class names, labels of the training and of the test images.

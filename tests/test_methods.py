@@ -432,10 +432,24 @@ def resumed(tiny, small, monkeypatch):
     return run
 
 
-def test_another_optimizer_trains_and_resumes(resumed, monkeypatch):
+class LARS(torch.optim.SGD):
+    """The gradient of each tensor is scaled by norm(weights) / norm(gradient), at most 1."""
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.grad *= (p.norm() / (p.grad.norm() + 1e-9)).clamp(max=1)
+        super().step()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, LARS])
+def test_another_optimizer_trains_and_resumes(resumed, monkeypatch, optimizer):
     """Any optimizer in the place of make_optimizer's."""
-    adamw = lambda network, _: torch.optim.AdamW(network.parameters())  # noqa: E731
-    monkeypatch.setattr(simclr, "make_optimizer", adamw)
+
+    def make_optimizer(network, weight_decay):
+        return optimizer(network.parameters(), 0.01, weight_decay=weight_decay)
+
+    monkeypatch.setattr(simclr, "make_optimizer", make_optimizer)
     resumed(simclr)
 
 
