@@ -15,6 +15,7 @@ import torch
 from conftest import Code, flags
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.metrics import recall_score
 from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import normalize
@@ -257,9 +258,8 @@ def test_run_gets_a_folder_with_all_files(run_cli, tmp_path):
     assert result["k"] == chosen and result["leave_one_out"] == leave_one_out
     lines = {line["k"]: float(line["mean"]) for line in rows(run / "knn/knn.csv")}
     assert lines == {**{str(k): a for k, a in accuracy.items()}, "chosen k": accuracy[chosen]}
-    correct = predicted[chosen] == truth
-    recalls = {n: correct[truth == c].mean() for c, n in enumerate(["ant", "bee", "cat"])}
-    assert result["per_class"] == pytest.approx(recalls)
+    recalls = recall_score(truth, predicted[chosen], average=None)
+    assert result["per_class"] == pytest.approx(dict(zip(["ant", "bee", "cat"], recalls)))
     assert result["low"] < result["accuracy"] < result["high"]
     assert f"k = {chosen}, test accuracy = {100 * accuracy[chosen]:.2f} % (" in done.out
     (line,) = rows(run / "knn/results.csv")
@@ -398,51 +398,46 @@ def test_suspects_find_flipped_labels(run_cli, tmp_path):
 # ---------------------------------------------------------------- several runs
 
 
-def test_seeds_are_one_column(run_cli, tmp_path):
-    """Runs that differ in the seed only are averaged; others are named by the flags that differ."""
-    for seed, ema in ((1, 0.9), (2, 0.9), (1, 0.99)):
-        train, labels, test, truth = clusters(160, 60, dim=8, classes=3, seed=seed)
-        arrays = dict(train_features=train, test_features=test + ema)
-        meta = np.array(json.dumps(dict(META, method="byol", seed=seed, ema=ema)))
-        write(tmp_path / f"{seed}-{ema}/embeddings.npz", **arrays, meta=meta)
-    inputs = sorted(tmp_path.glob("*-*"))
-    done = run_cli(knn_eval, *inputs, "--ks", 1, 5)
+SEEDS = dict(ema=0.9), dict(ema=0.9, seed=2), dict(ema=0.99)
+
+
+def write_runs(*changes):
+    """Runs 0, 1, ... of BYOL with these changes of meta, of different features."""
+    for i, change in enumerate(changes):
+        train, _, test, _ = clusters(160, 60, dim=8, classes=3, seed=i)
+        meta = np.array(json.dumps(META | dict(method="byol") | change))
+        write(Path(f"{i}/embeddings.npz"), train_features=train, test_features=test, meta=meta)
+    return [str(i) for i in range(len(changes))]
+
+
+@pytest.mark.parametrize(
+    "changes, group_seeds, columns",
+    [
+        (SEEDS, True, ["byol ema 0.9", "byol ema 0.9", "byol ema 0.99"]),
+        (SEEDS[:2], False, ["byol seed 1", "byol seed 2"]),
+        ([{}, {}, dict(epochs=0, ema=3)], True, ["byol 0", "byol 1", "untrained"]),
+        ([dict(epochs=0, init="imagenet")], True, ["init imagenet"]),
+        # Many flags: by the folder.
+        ([{}, dict.fromkeys(("lr", "width", "ema", "augment"), 7)], True, ["byol", "byol 1"]),
+    ],
+)
+def test_names_of_columns(changes, group_seeds, columns):
+    """The method and the flags that differ; the run where nothing but its name differs."""
+    args = knn_eval.Args(inputs=write_runs(*changes), group_seeds=group_seeds)
+    assert [entry.column for entry in knn_eval.read_inputs(args)] == columns
+
+
+def test_seeds_are_one_column(run_cli):
+    """Runs that differ in the seed only are averaged."""
+    done = run_cli(knn_eval, *write_runs(*SEEDS), "--ks", 1, 5)
     header = next(line for line in done.out.splitlines() if line.split()[:1] == ["k"])
-    assert header.split("  ")[-2:] == ["byol ema 0.9", "byol ema 0.99"]
-    accuracies = {r["name"]: r["tables"]["knn"]["5"] for r in results("runs/knn")}
-    pair = [accuracies[str(tmp_path / f"{seed}-0.9")] for seed in (1, 2)]
-    (line,) = [
-        r for r in rows("runs/knn/knn.csv") if (r["column"], r["k"]) == ("byol ema 0.9", "5")
-    ]
+    assert header.split() == "k byol ema 0.9 byol ema 0.99".split()
+    pair = [result["tables"]["knn"]["5"] for result in results("runs/knn")][:2]
+    found = {(line["column"], line["k"]): line for line in rows("runs/knn/knn.csv")}
+    line = found["byol ema 0.9", "5"]
     assert float(line["mean"]) == pytest.approx(np.mean(pair))
     assert float(line["std"]) == pytest.approx(np.std(pair, ddof=1))
-    names = {path.name for path in Path("runs/knn").glob("*/")}
-    assert len(names) == 3 and len(rows("runs/knn/results.csv")) == 3
-    run_cli(knn_eval, *inputs, "--no-group-seeds", "--ks", 5)
-    columns = {line["column"] for line in rows("runs/knn/knn.csv")}
-    assert columns == {"byol ema 0.9 seed 1", "byol ema 0.9 seed 2", "byol ema 0.99 seed 1"}
-
-
-def test_runs_with_the_same_flags_are_not_averaged(run_cli, tmp_path):
-    """Equal flags and seed, as after other code, are columns of their own, named by the run."""
-    meta = dict(META, method="byol")
-    for name, changes in dict(a={}, b={}, c=dict(epochs=0, method="simclr", ema=3)).items():
-        changed = np.array(json.dumps(meta | changes))
-        write(tmp_path / name / "embeddings.npz", meta=changed)
-    inputs = [tmp_path / name for name in "abc"]
-    run_cli(knn_eval, *inputs, "--ks", 5)
-    columns = [result["column"] for result in results("runs/knn")]
-    assert columns == [f"byol {tmp_path / 'a'}", f"byol {tmp_path / 'b'}", "untrained"]
-    meta_of_c = dict(meta, epochs=0, init="imagenet")
-    write(tmp_path / "c/embeddings.npz", meta=np.array(json.dumps(meta_of_c)))
-    run_cli(knn_eval, tmp_path / "c", "--ks", 5)
-    assert results(tmp_path / "c/knn")[0]["column"] == "init imagenet"
-    # Runs that differ in many flags are named by their folders.
-    other = dict(meta, dataset="npz", **dict.fromkeys(("lr", "width", "ema", "augment"), 7))
-    write(tmp_path / "d/embeddings.npz", meta=np.array(json.dumps(other | dict(dataset="digits"))))
-    run_cli(knn_eval, tmp_path / "a", tmp_path / "d", "--ks", 5)
-    columns = [result["column"] for result in results("runs/knn")]
-    assert columns == ["byol", f"byol {tmp_path / 'd'}"]
+    assert len([*Path("runs/knn").glob("*/")]) == len(rows("runs/knn/results.csv")) == 3
 
 
 def test_table_formats(run_cli, tmp_path):
