@@ -132,7 +132,8 @@ def resolve(args, recipes, n=50_000):
         recipe["epochs"] = max(recipe["epochs"], min(1000, round(epochs)))
     if args.init and args.init != "imagenet":
         made, keys = load_torch(args.init), ("encoder", "width", "image_size")
-        recipe |= {key: made[key] for key in keys if made.get(key)}
+        with user_errors(f"--init {args.init} is neither an encoder.pt nor a state dict"):
+            recipe |= {key: made[key] for key in keys if made.get(key)}
     for key, value in recipe.items():
         if getattr(args, key) in (None, "auto"):
             args = replace(args, **{key: value})
@@ -232,8 +233,9 @@ def gather(z):
     dist.all_gather(parts, z.detach())
     parts[RANK] = z
     z = torch.cat(parts)
-    # Each rank contributes the gradient of its own part alone; DDP divides their sum.
-    z.register_hook(lambda gradient: WORLD_SIZE * gradient)
+    if z.requires_grad:
+        # Each rank contributes the gradient of its own part alone; DDP divides their sum.
+        z.register_hook(lambda gradient: WORLD_SIZE * gradient)
     return z
 
 
@@ -358,8 +360,8 @@ def square(images, size, fit="crop"):
 def _squares(array, size, window, fit):
     """[N, H, W] or [N, H, W, C] -> uint8 [N, C, size, size]; gray images get three channels."""
     array, squares = array if array.ndim == 4 else array[..., None], []
-    # At least one chunk, also of no images. np.interp takes 8 bytes a pixel.
-    for chunk in np.array_split(array, len(array) // 512 + 1):
+    # At least one chunk, also of no images. np.interp takes 16 bytes a pixel.
+    for chunk in np.array_split(array, len(array) // 256 + 1):
         chunk = torch.from_numpy(to_uint8(chunk, window)).permute(0, 3, 1, 2)
         chunk = chunk.expand(-1, 3, -1, -1) if chunk.shape[1] == 1 else chunk
         squares.append(square(chunk, size, fit))
@@ -458,7 +460,7 @@ def _image_files(root):
     Links are followed; hidden files and folders are left out.
     """
     check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
-    found = sorted(glob.glob("**", root_dir=root, recursive=True))
+    found = sorted(glob.glob("**", root_dir=root, recursive=True), key=os.path.split)
     files = [name for name in found if not os.path.isdir(root / name)]
     names = [name for name in files if Path(name).suffix.lower() in IMAGE_ENDINGS]
     with user_errors(f"--data-dir {str(root)!r}: rename files, their names must be UTF-8"):
@@ -583,8 +585,6 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
 
 def _decode(root, names, path, side, window, fit):
     """Write the decoded images to path, on all cores. UserError names every broken file."""
-    free, size = shutil.disk_usage(path.parent).free, len(names) * 3 * side**2
-    check(free > size, f"--cache-dir: {size} bytes needed in {str(path.parent)!r}, {free} free")
 
     def decode(i):
         try:
@@ -593,8 +593,10 @@ def _decode(root, names, path, side, window, fit):
             return f"{error}; fix, convert or delete it"
 
     with atomic_write(path) as file:
+        free, size = shutil.disk_usage(path.parent).free, len(names) * 3 * side**2
+        check(free > size, f"--cache-dir: {size} bytes needed in {str(path.parent)!r}, {free} free")
         out = np.lib.format.open_memmap(file.name, "w+", np.uint8, (len(names), 3, side, side))
-        lines = prefetch(decode, range(len(names)), os.cpu_count())
+        lines = prefetch(decode, range(len(names)), os.cpu_count() or 1)
         lines = tqdm(lines, "decoding", len(names), leave=False, disable=SILENT)
         broken = [line for line in lines if line]
         check(not broken, "\n".join(broken))
@@ -654,7 +656,7 @@ def take(images, indices, device):
     def read(index):
         batch = images[index]
         if device.type == "cuda":
-            # A thread would start a CUDA context on GPU 0.
+            # Otherwise a thread would start a CUDA context on GPU 0.
             torch.cuda.set_device(device)
             batch = batch.pin_memory()
         return batch
@@ -797,8 +799,9 @@ def encode_files(path, files, device="cpu"):
 
 
 def normalize(images, mean, std):
-    """uint8 images [N, C, H, W] -> (images / 255 - mean) / std, float32; both [C, 1, 1]."""
-    return (images / 255 - mean) / std
+    """uint8 or [0, 1] float images [N, C, H, W] -> (images - mean) / std, both [C, 1, 1]."""
+    images = images / 255 if images.dtype == torch.uint8 else images
+    return (images - mean) / std
 
 
 @torch.no_grad()
@@ -888,12 +891,12 @@ def save_torch(path, content):
 
 
 def load_torch(path):
-    """A dict from a file, on the CPU, without running code from it. UserError if it is damaged."""
+    """torch.load to the CPU without running code from the file. UserError if it is damaged."""
     with user_errors(f"cannot read {str(path)!r}"):
         with zipfile.ZipFile(path) as archive:
             # torch.load does not verify checksums.
             check(archive.testzip() is None, f"cannot read {str(path)!r} (wrong checksum)")
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def git_commit():

@@ -380,6 +380,17 @@ def one_error(result, *says):
     assert len(result.err.splitlines()) == 1 and all(word in result.err for word in says), result
 
 
+def test_disk_full_at_fsync_keeps_the_checkpoint(train, folder, monkeypatch):
+    """As on a network drive: a full disk shows at fsync, and the first checkpoint stays."""
+
+    def full(number):
+        raise OSError("No space left on device")
+
+    at_step(monkeypatch, 5, lambda: monkeypatch.setattr(os, "fsync", full))
+    one_error(train(), "checkpoint.pt", "No space left on device")
+    assert read_checkpoint(folder)["step"] == 3 and not list(folder.glob(".*.tmp"))
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk_while_logging(train, folder, monkeypatch):
     """A log line that cannot be written ends the run with one line."""

@@ -259,12 +259,12 @@ def test_byol_target_is_frozen_and_follows_ema_through_train_step():
 def test_byol_forward():
     """Each view's prediction; the target's embeddings have no gradient, and are of train mode."""
     network, views = build(byol), draw()
-    for buffer in network.target.buffers():
-        buffer.fill_(3)
+    for tensor in (*network.target.parameters(), *network.target.buffers()):
+        tensor.data += 1
     *found, z1 = network(*views)
     z = [*map(network.online, views)]
-    expected = [*map(network.predictor, z), *z]
-    torch.testing.assert_close([*found, z1], [*expected, z[0]])
+    expected = [*map(network.predictor, z), *map(network.target, views), z[0]]
+    torch.testing.assert_close([*found, z1], expected)
     assert [part.requires_grad for part in found] == [True, True, False, False]
 
 
