@@ -20,13 +20,14 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 READMES = ["README.md", "benchmarks/README.md"]
-COLUMNS = dict(
-    pixels="pixels",
-    untrained="untrained encoder",
-    simclr="SimCLR",
-    byol="BYOL",
-    barlow_twins="Barlow Twins",
-)
+COLUMNS = {
+    "pixels": "pixels",
+    "untrained": "untrained encoder",
+    "simclr": "SimCLR",
+    "byol": "BYOL",
+    "barlow_twins": "Barlow Twins",
+    "barlow_twins --epochs 50": "Barlow Twins, 50 epochs",
+}
 DIGITS, CIFAR10 = "digits-cpu", "cifar10-cpu"
 # Name of a plot of accuracies: recorded file, recorded table, title.
 PLOTS = {
