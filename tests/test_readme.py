@@ -214,6 +214,14 @@ def test_figures_are_recorded():
     faster = [speed[name]["ratios"]["step/lightly tuned"]["ratio"] for name in methods]
     says = "is {:.1f} (SimCLR), {:.1f} (BYOL) and {:.1f} (Barlow Twins) times as fast"
     assert says.format(*faster) in " ".join(TEXT.split())
+    lines = map(json.loads, (ROOT / "benchmarks/results/versus-lightly-cpu.jsonl").open())
+    simclr = {(line["side"], line["seed"]): line for line in lines if line["method"] == "simclr"}
+    a, b = (
+        mean(simclr[arm, i]["k20"] - simclr["lightly", i]["k20"] for i in range(1, 6))
+        for arm in ("arm A", "arm B")
+    )
+    says = f"lightly's recipe ({a:+.1f} points, 5 seeds) and {b:.1f} points better in ours"
+    assert says in " ".join(TEXT.split())
     runs = json.loads((ROOT / "benchmarks/results/suspects-cpu.json").read_text())["runs"]
     share = mean(run["found"] / run["flipped"] for run in runs)
     assert f"its first 72 rows hold [{100 * share:.0f} % of them]" in TEXT
