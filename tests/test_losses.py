@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import one_graph
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -96,6 +97,11 @@ def test_loss_is_float32_under_autocast(losses, dtype):
     assert all(z.grad.dtype == dtype and torch.isfinite(z.grad).all() for z in inputs)
 
 
+def test_loss_is_one_graph(losses):
+    """One compiled graph: the host never waits, no shape depends on values."""
+    torch.testing.assert_close(one_graph(losses[0])(*draw(5)), losses[0](*draw(5)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_zero_row_and_dead_feature_give_no_nan(losses, dtype):
     """Zeros have neither a direction nor a variance; value and gradient stay numbers."""
@@ -106,10 +112,11 @@ def test_zero_row_and_dead_feature_give_no_nan(losses, dtype):
     assert torch.isfinite(value) and not z1.grad.isnan().any()
 
 
-def test_ema_update_is_in_place_and_exact():
-    """target <- ema * target + (1 - ema) * online, in the same memory."""
+@pytest.mark.parametrize("update", [ema_update, one_graph(ema_update)])
+def test_ema_update_is_in_place_and_exact(update):
+    """target <- ema * target + (1 - ema) * online, in the same memory; also as one graph."""
     target, online = nn.Linear(5, 3), nn.Linear(5, 3)
     pairs = [(p.detach(), q.detach()) for p, q in zip(target.parameters(), online.parameters())]
     expected = [0.7 * p + 0.3 * q for p, q in pairs]
-    ema_update(target, online, 0.7)
+    update(target, online, 0.7)
     torch.testing.assert_close([p for p, _ in pairs], expected)
