@@ -234,7 +234,7 @@ def gather(z):
     parts[RANK] = z
     z = torch.cat(parts)
     if z.requires_grad:
-        # Each rank contributes the gradient of its own part alone; DDP divides their sum.
+        # A rank gives the gradient of its own slice only; DDP divides the sum by WORLD_SIZE.
         z.register_hook(lambda gradient: WORLD_SIZE * gradient)
     return z
 
