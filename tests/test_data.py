@@ -185,6 +185,7 @@ def test_folder_layout(tmp_path, capsys, name):
     ignored = ", 1 images in more, not in train or test" if name == "outside of train" else ""
     assert f"note: ignored in {str(tmp_path)!r}: 1 .txt{ignored}" in out
     files = [*images.extra["train_files"], *images.extra["test_files"]]
+    assert [*images.extra] == ["train_files", "test_files"]
     for file, image in zip(files, torch.cat([images.train, images.test])):
         np.testing.assert_array_equal(as_hwc(image), noise(8, 8, 3, seed=names.index(file)))
 
