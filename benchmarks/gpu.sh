@@ -51,15 +51,13 @@ for method in $methods; do
     part "speed-$method" 150 python benchmarks/throughput.py --methods "$method" --no-lightly \
         --flags="$flags" --variant=--compile --profile "${speed[@]}" \
         --output "$out/throughput-$method.json"
+    part "cifar10-$method" 720 python benchmarks/cifar10.py --methods "$method" --data-dir "$data" \
+        --extra="$extra" --runs "$out/cifar10" --output "$out/cifar10.jsonl"
 done
 for method in $methods; do
     python -c "import lightly" 2>"$out/lightly.log" || break
     part "lightly-$method" 120 python benchmarks/throughput.py --methods "$method" --blocks 3 \
         --flags="$flags" "${speed[@]}" --output "$out/lightly-$method.json"
-done
-for method in $methods; do
-    part "cifar10-$method" 720 python benchmarks/cifar10.py --methods "$method" --data-dir "$data" \
-        --extra="$extra" --runs "$out/cifar10" --output "$out/cifar10.jsonl"
 done
 # Default flags on few images.
 for n in 100 500; do
