@@ -127,8 +127,10 @@ def few_labels(name, labels, header):
 
 def verdict(differences):
     """Mean, 95 % t-interval and conclusion of differences in points, a seed each."""
-    n, center, sem = len(differences), mean(differences), stats.sem(differences)
-    half, narrow = (stats.t.ppf(p, n - 1) * sem for p in (0.975, 0.95))
+    n, center = len(differences), mean(differences)
+    if n == 1:
+        return [f"{center:+.1f}", "too few seeds"]
+    half, narrow = (stats.t.ppf(p, n - 1) * stats.sem(differences) for p in (0.975, 0.95))
     word = "better" if center > half else "worse" if center < -half else "undecided"
     if abs(center) + narrow < 1:
         word = "equal"
@@ -138,18 +140,25 @@ def verdict(differences):
 
 
 def versus_lightly():
-    """Differences to lightly by method and side, paired by seed."""
+    """Differences to lightly by side and method, paired by seed, and the controls."""
     found, lines = {}, []
     for line in lines_of("versus-lightly-cpu"):
-        found.setdefault((line["method"], line["side"]), {})[line["seed"]] = line
-    for (method, side), runs in sorted(found.items(), key=lambda item: item[0][1]):
-        theirs = found.get((method, "lightly"), {})
-        seeds = sorted(runs.keys() & theirs.keys())
-        if side in ("arm A", "arm B", "bug") and len(seeds) > 1:
-            cells = [f"{mean(run[seed]['k20'] for seed in seeds):.1f}" for run in (runs, theirs)]
-            pairs = [[runs[s][k] - theirs[s][k] for s in seeds] for k in ("k20", "k200")]
-            more = verdict(pairs[0]), verdict(pairs[1])
-            lines.append([side, COLUMNS[method], *cells, *more[0], more[1][0], len(seeds)])
+        key = line["side"], [*COLUMNS].index(line["method"])
+        found.setdefault(key, {})[line["seed"]] = line
+    for (side, i), runs in sorted(found.items()):
+        theirs = found.get(("lightly", i), {})
+        paired = sorted(runs.keys() & theirs.keys())
+        if side in ("lightly", "update"):
+            continue
+        if side in ("arm A", "arm B", "bug") and paired:
+            accuracy = f"{mean(theirs[seed]['k20'] for seed in paired):.1f}"
+            differences = [[runs[s][k] - theirs[s][k] for s in paired] for k in ("k20", "k200")]
+            (shown, word), (more, _) = map(verdict, differences)
+            runs, cells = {seed: runs[seed] for seed in paired}, [accuracy, shown, word, more]
+        else:
+            cells = [""] * 4
+        accuracy = f"{mean(run['k20'] for run in runs.values()):.1f}"
+        lines.append([side, list(COLUMNS.values())[i], accuracy, *cells, len(runs)])
     header = ["", "", "ours", "lightly", "difference", "", "with k = 200", "seeds"]
     return rows(header, lines)
 
