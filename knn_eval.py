@@ -374,8 +374,8 @@ TABLES = dict(knn="k", labels="labels per class", probe="labels per class, logis
 WORDS = ("all", "chosen k")
 # Files of an earlier evaluation in the same folder that must not stay next to the new ones.
 KNOWN = (
-    "knn.csv knn.png labels.csv labels.png probe.csv probe.png suspects.csv neighbors.png "
-    "embedding_2d.png"
+    "knn.csv knn.png labels.csv labels.png probe.csv probe.png suspects.csv predictions.csv "
+    "neighbors.png embedding_2d.png"
 ).split()
 
 
@@ -414,7 +414,7 @@ def evaluate(entry, args):
     # The images that vote and those that are predicted; without test images, the same.
     entry.voters, entry.queries, entry.suspects = train, test if len(test) else train, None
     # Without labels nothing is predicted, and nothing is wrong.
-    entry.predicted = entry.queries.labels
+    entry.predicted, entry.predictions = entry.queries.labels, []
     if result["n_train"]:
         result |= sweep(entry, args, result["tables"]["knn"])
         labels_needed(entry, args, result["tables"])
@@ -441,6 +441,14 @@ def sweep(entry, args, table):
         label, says = train.labels[i], predictions[k][i]
         if label != says:
             entry.suspects.append([train.files[i], name(label), name(says), shares[k][i]])
+    for part in (entry.train, entry.test):
+        rest = part[part.labels == -1]
+        if len(rest):
+            labels, certain = (found[k] for found in vote(args, train, rest, [k]))
+            entry.predictions += zip(
+                [part.name] * len(rest), rest.files, map(name, labels), certain
+            )
+    entry.predictions.sort(key=lambda row: -row[3])
     if entry.queries is not train:
         predictions, _ = vote(args, train, entry.queries, loo)
     table |= {k: (predictions[k] == truth).mean() for k in loo}
@@ -663,6 +671,9 @@ def details(entry, args):
     if entry.suspects is not None:
         header = ["file", "label", "neighbors_say", "share"]
         files["suspects.csv"] = to_csv(header, entry.suspects)
+    if entry.predictions:
+        header = ["part", "file", "neighbors_say", "share"]
+        files["predictions.csv"] = to_csv(header, entry.predictions)
     if get:
         files["neighbors.png"] = to_png(draw_neighbors(entry, get, args))
     figure = draw_embedding(entry, get, args)

@@ -402,6 +402,32 @@ def test_suspects_find_flipped_labels(run_cli, tmp_path):
 SEEDS = dict(ema=0.9), dict(ema=0.9, seed=2), dict(ema=0.99)
 
 
+def test_predictions_of_unlabelled_images(run_cli, tmp_path):
+    """scikit-learn's labels at the chosen k, of both parts, the largest share of votes first."""
+    data = write(tmp_path / "embeddings.npz")
+    hidden = np.arange(160) % 4 > 0
+    data["train_labels"][hidden], data["test_labels"][:9] = -1, -1
+    train, labels = normalize(data["train_features"]), data["train_labels"][~hidden]
+    write(tmp_path / "embeddings.npz", **data)
+    run_cli(knn_eval, tmp_path)
+    (result,) = results(tmp_path / "knn")
+    model = KNeighborsClassifier(result["k"]).fit(train[~hidden], labels)
+    expected = {}
+    for part, x, files in (
+        ("train", train[hidden], np.flatnonzero(hidden)),
+        ("test", normalize(data["test_features"][:9]), range(9)),
+    ):
+        shares = model.predict_proba(x).max(axis=1)
+        for file, label, share in zip(files, model.predict(x), shares):
+            expected[part, str(file)] = ["ant", "bee", "cat"][label], share
+    lines = rows(tmp_path / "knn/predictions.csv")
+    shares = [float(line["share"]) for line in lines]
+    assert shares == sorted(shares, reverse=True)
+    found = {(line["part"], line["file"]): line["neighbors_say"] for line in lines}
+    assert found == {key: label for key, (label, _) in expected.items()} and len(lines) == 129
+    assert shares == pytest.approx(sorted((s for _, s in expected.values()), reverse=True))
+
+
 def write_runs(*changes):
     """Runs 0, 1, ... of BYOL with these changes of meta, of different features."""
     for i, change in enumerate(changes):
