@@ -662,7 +662,8 @@ def take(images, indices, device):
         return batch
 
     for batch in prefetch(read, indices, threads=4):
-        yield batch.to(device, non_blocking=True)
+        # On MPS, PyTorch may read a batch that is gone already (its #189690).
+        yield batch.to(device, non_blocking=device.type == "cuda")
 
 
 def epoch_order(n, batch_size, seed, epoch):
@@ -809,18 +810,20 @@ def embed(encoder, images, part, rows=None):
     """Features [N, D] float32 of rows (unset: all) of images.train or images.test, in eval mode."""
     pixels, size = getattr(images, part), images.size
     rows = torch.arange(len(pixels)) if rows is None else torch.as_tensor(rows)
-    was_training = encoder.training
+    # Some modules of your encoder may be frozen.
+    modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     features = []
     # 500 images of 224 pixels would take 5 GB.
     chunks = rows.to(pixels.device).split(max(1, min(500, 2**21 // size**2)))
     for batch in take(pixels, chunks, images.mean.device):
         batch = normalize(square(batch, size), images.mean, images.std)
-        features.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float())
-    encoder.train(was_training)
+        features.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float().cpu())
+    for module, mode in modes:
+        module.training = mode
     features = torch.cat(features)
     check_finite(features, "the features are")
-    return features.cpu().numpy()
+    return features.numpy()
 
 
 def spread(z):
@@ -893,9 +896,9 @@ def save_torch(path, content):
 def load_torch(path):
     """torch.load to the CPU without running code from the file. UserError if it is damaged."""
     with user_errors(f"cannot read {str(path)!r}"):
-        with zipfile.ZipFile(path) as archive:
-            # torch.load does not verify checksums.
-            check(archive.testzip() is None, f"cannot read {str(path)!r} (wrong checksum)")
+        # torch.load does not verify checksums. Files from before PyTorch 1.6 have none.
+        broken = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        check(not broken, f"cannot read {str(path)!r} (wrong checksum)")
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -1175,7 +1178,8 @@ class Run:
         for part in ("train", "test"):
             arrays[f"{part}_features"] = features = embed(self.encoder, images, part)
             arrays[f"{part}_labels"] = getattr(images, f"{part}_labels").numpy()
-        meta = dict(self.meta, data_dir=args.data_dir, labels=args.labels)
+        keys = "data_dir cache_dir labels".split()
+        meta = self.meta | {key: getattr(args, key) for key in keys}
         with atomic_write(self.dir / "embeddings.npz") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
         keys = "encoder width image_size window fit".split()

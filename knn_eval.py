@@ -127,10 +127,15 @@ def _torch_search(train, device):
 
     # float64: TF32 matrix products would change neighbors.
     train = torch.from_numpy(train).to(device, torch.float64)
+    norms = torch.linalg.vector_norm(train, dim=1).square()
 
     def search(queries, k):
-        distances = torch.cdist(torch.from_numpy(queries).to(train), train)
-        return [part.cpu().numpy() for part in distances.topk(k, largest=False)]
+        queries = torch.from_numpy(queries).to(train)
+        # torch.cdist would copy train each time.
+        squares = torch.addmm(norms, queries, train.T, alpha=-2)
+        squares, neighbors = squares.topk(k, largest=False)
+        distances = (squares + queries.square().sum(1, keepdim=True)).clamp(min=0).sqrt()
+        return distances.cpu().numpy(), neighbors.cpu().numpy()
 
     return search
 
@@ -202,8 +207,6 @@ class Args:
     """average runs that differ in the seed only"""
     table: Literal["text", "md", "latex"] = "text"
     """format of the printed tables"""
-    cache_dir: str = "cache"
-    """folder in which the runs keep the decoded images of a folder"""
     output: str | None = None
     """folder for all files (unset: knn/ in the folder of the run, runs/knn/ for several)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -215,6 +218,9 @@ class Args:
 
 
 # ---------------------------------------------------------------- inputs
+
+# Entries of meta that do not name a run.
+UNNAMED = ("method", "dataset", "seed", "cache_dir")
 
 
 @dataclass
@@ -276,7 +282,7 @@ def read_inputs(args):
     sets = {str(entry.meta.get("dataset")) for entry in inputs}
     for entry in inputs:
         entry.column = entry.meta.get("method", entry.name)
-        entry.keys = [key for key in entry.meta if key not in ("method", "dataset", "seed")]
+        entry.keys = [key for key in entry.meta if key not in UNNAMED]
         if entry.meta.get("epochs") == 0:
             init = entry.meta.get("init")
             entry.column = f"init {init}" if init else "untrained"
@@ -313,15 +319,17 @@ def load_run_images(dataset, data_dir="data", **source):
         print(f"no pictures: {error}")
 
 
-def pictures(entry, args):
+def pictures(entry):
     """A function that gives images of a Part, uint8 tensor [N, S, S, C]; None without images."""
+    import torch
+
     from common import square
 
-    keys = "dataset data_dir image_size labels window fit".split()
+    keys = "dataset data_dir cache_dir image_size labels window fit".split()
     source = {key: entry.meta[key] for key in keys if key in entry.meta}
     if source.get("window"):
         source["window"] = tuple(source["window"])
-    images = load_run_images(cache_dir=args.cache_dir, **source) if "dataset" in source else None
+    images = load_run_images(**source) if "dataset" in source else None
     if not images:
         return None
     for part in (entry.train, entry.test):
@@ -331,8 +339,10 @@ def pictures(entry, args):
             return None
 
     def get(part, most=224):
-        pixels = square(getattr(images, part.name)[part.rows], min(images.size, most))
-        return pixels.permute(0, 2, 3, 1)
+        pixels, size = getattr(images, part.name), min(images.size, most)
+        # Resizing takes several times the memory of the images.
+        chunks = np.array_split(part.rows, len(part) // 256 + 1)
+        return torch.cat([square(pixels[rows], size) for rows in chunks]).permute(0, 2, 3, 1)
 
     return get
 
@@ -342,7 +352,7 @@ def visible(images):
     return images[..., :3] if images.shape[3] > 2 else images[..., [0, 0, 0]]
 
 
-def pixels_of(runs, args):
+def pixels_of(runs):
     """The raw pixels of each data set that the runs' meta names, as inputs. UserError."""
     from common import check
 
@@ -354,7 +364,7 @@ def pixels_of(runs, args):
     sources.pop(None, None)
     check(sources, "--pixels needs a run: no input's meta names a data set")
     for name, run in sources.items():
-        get = pictures(run, args)
+        get = pictures(run)
         check(get, f"--pixels: the images of {run.name} cannot be loaded")
         entry = copy.deepcopy(run)
         entry.name = entry.column = f"pixels of {name}" if len(sources) > 1 else "pixels"
@@ -435,20 +445,14 @@ def sweep(entry, args, table):
     # The smallest k wins a tie.
     k = max(loo, key=loo.get)
     entry.suspects = []
-    # By the share of votes; ties, which are many at small k, by the mean share over all k.
-    agree = [(predictions[n] == predictions[k]) * shares[n] for n in loo]
-    for i in np.lexsort([-np.mean(agree, axis=0), -shares[k]]):
-        label, says = train.labels[i], predictions[k][i]
-        if label != says:
-            entry.suspects.append([train.files[i], name(label), name(says), shares[k][i]])
+    for i, says, share in most_certain(predictions, shares, k):
+        if says != train.labels[i]:
+            entry.suspects.append([train.files[i], name(train.labels[i]), name(says), share])
     for part in (entry.train, entry.test):
         rest = part[part.labels == -1]
         if len(rest):
-            labels, certain = (found[k] for found in vote(args, train, rest, [k]))
-            entry.predictions += zip(
-                [part.name] * len(rest), rest.files, map(name, labels), certain
-            )
-    entry.predictions.sort(key=lambda row: -row[3])
+            for i, says, share in most_certain(*vote(args, train, rest, loo), k):
+                entry.predictions.append([part.name, rest.files[i], name(says), share])
     if entry.queries is not train:
         predictions, _ = vote(args, train, entry.queries, loo)
     table |= {k: (predictions[k] == truth).mean() for k in loo}
@@ -459,6 +463,16 @@ def sweep(entry, args, table):
     result = dict(k=k, accuracy=accuracy, low=low, high=high, leave_one_out=loo)
     per_class = dict(zip(map(name, classes), recalls))
     return dict(result, balanced_accuracy=recalls.mean(), per_class=per_class)
+
+
+def most_certain(predictions, shares, k):
+    """Yield row, prediction at k and its share of the votes, the largest share first.
+
+    Ties, which are many at small k, by the mean share over all k.
+    """
+    agree = [(predictions[n] == predictions[k]) * shares[n] for n in shares]
+    for i in np.lexsort([-np.mean(agree, axis=0), -shares[k]]):
+        yield i, predictions[k][i], shares[k][i]
 
 
 def labels_needed(entry, args, tables):
@@ -662,7 +676,7 @@ def to_csv(header, rows):
 
 def details(entry, args):
     """The files of one input, {name: bytes}: pairs, suspects, neighbors, the 2-D plot."""
-    get = pictures(entry, args)
+    get = pictures(entry)
     pairs, equal = closest_pairs(entry, args)
     if equal:
         print(f"{entry.name}: {equal} test images have the features of a training image: a leak")
@@ -776,7 +790,7 @@ def main(args):
         # A labels.csv may be the user's own.
         ours = not folder.exists() or (folder / "knn.json").exists() or not any(folder.iterdir())
         check(ours, f"{failed}: it holds other files; name another folder")
-    inputs = runs + (pixels_of(runs, args) if args.pixels else [])
+    inputs = runs + (pixels_of(runs) if args.pixels else [])
     # Compute everything before writing anything: a failure leaves earlier files as they are.
     results = [evaluate(entry, args) for entry in inputs]
     # A $ in a name starts no formula.

@@ -403,29 +403,30 @@ SEEDS = dict(ema=0.9), dict(ema=0.9, seed=2), dict(ema=0.99)
 
 
 def test_predictions_of_unlabelled_images(run_cli, tmp_path):
-    """scikit-learn's labels at the chosen k, of both parts, the largest share of votes first."""
+    """scikit-learn's labels at the chosen k, most certain first; ties by the other k."""
     data = write(tmp_path / "embeddings.npz")
     hidden = np.arange(160) % 4 > 0
     data["train_labels"][hidden], data["test_labels"][:9] = -1, -1
-    train, labels = normalize(data["train_features"]), data["train_labels"][~hidden]
     write(tmp_path / "embeddings.npz", **data)
-    run_cli(knn_eval, tmp_path)
+    run_cli(knn_eval, tmp_path, "--ks", 1, 2, 7)
     (result,) = results(tmp_path / "knn")
-    model = KNeighborsClassifier(result["k"]).fit(train[~hidden], labels)
-    expected = {}
-    for part, x, files in (
-        ("train", train[hidden], np.flatnonzero(hidden)),
-        ("test", normalize(data["test_features"][:9]), range(9)),
-    ):
-        shares = model.predict_proba(x).max(axis=1)
-        for file, label, share in zip(files, model.predict(x), shares):
-            expected[part, str(file)] = ["ant", "bee", "cat"][label], share
-    lines = rows(tmp_path / "knn/predictions.csv")
-    shares = [float(line["share"]) for line in lines]
-    assert shares == sorted(shares, reverse=True)
-    found = {(line["part"], line["file"]): line["neighbors_say"] for line in lines}
-    assert found == {key: label for key, (label, _) in expected.items()} and len(lines) == 129
-    assert shares == pytest.approx(sorted((s for _, s in expected.values()), reverse=True))
+    train, test, expected = *map(normalize, (data["train_features"], data["test_features"])), []
+    models = [KNeighborsClassifier(k) for k in (1, 2, 7)]
+    for part, files, x in (("train", np.flatnonzero(hidden), train), ("test", range(9), test)):
+        lines = [[part, str(file)] for file in files]
+        for model in models:
+            model.fit(train[~hidden], data["train_labels"][~hidden])
+        says, shares = (
+            np.array([getattr(model, method)(x[files]) for model in models])
+            for method in ("predict", "predict_proba")
+        )
+        chosen, shares = [1, 2, 7].index(result["k"]), shares.max(axis=2)
+        agree = (shares * (says == says[chosen])).mean(axis=0)
+        for i in sorted(range(len(lines)), key=lambda i: (-shares[chosen, i], -agree[i])):
+            expected.append([*lines[i], ["ant", "bee", "cat"][says[chosen, i]], shares[chosen, i]])
+    found = [list(row.values()) for row in rows(tmp_path / "knn/predictions.csv")]
+    assert [row[:3] for row in found] == [row[:3] for row in expected] and len(found) == 129
+    assert [float(row[3]) for row in found] == [row[3] for row in expected]
 
 
 def write_runs(*changes):

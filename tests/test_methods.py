@@ -453,11 +453,19 @@ def test_another_optimizer_trains_and_resumes(resumed, monkeypatch, optimizer):
     resumed(simclr)
 
 
-def test_another_encoder_trains_resumes_and_is_named(method, resumed):
+def test_another_encoder_trains_resumes_and_is_named(method, resumed, monkeypatch):
     """Any encoder in the place of build_encoder's; load_encoder says why it cannot build it."""
-    path = resumed(method) / "encoder.pt"
+
+    def partly_frozen(*args):
+        encoder = Small()
+        encoder[1].eval()
+        return encoder, 4
+
+    monkeypatch.setattr(common, "build_encoder", partly_frozen)
+    path = resumed(method, eval_every=1) / "encoder.pt"
     content = torch.load(path)
     Small().load_state_dict(content["state_dict"])
+    assert not content["state_dict"]["1.num_batches_tracked"]
     assert content["encoder"] == "Small"
     with pytest.raises(common.UserError, match="^.*holds Small, which is not.*$"):
         common.load_encoder(path)

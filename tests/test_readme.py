@@ -137,7 +137,7 @@ def test_your_images_example_runs(tmp_path, monkeypatch):
         words += "--width 16 --epochs 1 --image-size 32".split() * (script == "simclr.py")
         subprocess.run([sys.executable, str(ROOT / script), *words], check=True)
     names = {path.name for path in Path("runs/photos/knn").iterdir()}
-    assert {"labels.png", "neighbors.png", "suspects.csv"} <= names
+    assert {"labels.png", "neighbors.png", "suspects.csv", "predictions.csv"} <= names
     results = json.loads(Path("runs/photos/knn/knn.json").read_text())["results"]
     assert [result["n_train"] for result in results] == [20, 20]
     call = 'common.encode_files("runs/photos/encoder.pt", files)'
