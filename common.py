@@ -962,6 +962,8 @@ class Run:
         # Sums of loss and spread over the steps of the epoch, on the device.
         self.totals = torch.zeros(2, device=self.device)
         self.stop_signal = 0
+        # The last line of the log, which may be missing there.
+        self.epoch_record = None
         self.meta = dict(method=method, optimizer=type(optimizer).__name__)
         self.meta |= {k: v for k, v in asdict(args).items() if k not in self.MAY_CHANGE}
         # What a resumed run must have in common with its first start.
@@ -1000,6 +1002,7 @@ class Run:
             message = f"cannot resume {str(self.dir)!r}: {key} was {old} and is {value}"
             check(old == value or key in self.PROLONGED, message)
         self.first_step, self.wandb_id = checkpoint["step"], checkpoint["wandb_id"]
+        self.epoch_record = checkpoint["epoch_record"]
         self.totals.copy_(checkpoint["totals"])
         for name, module in self.state.items():
             # The scaler's state is empty if the run was not in fp16 before.
@@ -1007,13 +1010,15 @@ class Run:
                 module.load_state_dict(checkpoint[name])
 
     def _start(self):
-        """Drop log lines after the checkpoint, write args.json, start Weights & Biases."""
+        """Cut the log at the checkpoint, write args.json, start Weights & Biases."""
         import torchvision
 
         self.log_path = self.dir / "log.jsonl"
         lines = self.log_path.read_text().splitlines(True) if self.log_path.exists() else []
+        epochs = self.first_step // max(1, self.steps_per_epoch)
+        # A full disk leaves a line without its end.
+        kept = [line for line in lines[:epochs] if line.endswith("\n")]
         with atomic_write(self.log_path) as file:
-            kept = lines[: self.first_step // max(1, self.steps_per_epoch)]
             file.write("".join(kept).encode())
         versions = dict(torch=torch.__version__, torchvision=torchvision.__version__)
         versions["python"] = sys.version.split()[0]
@@ -1036,6 +1041,8 @@ class Run:
         self.tracker = Tracker(
             self.args, self.dir, name=self.dir.name, group=group, config=config, id=self.wandb_id
         )
+        if len(kept) < epochs:
+            self._log_epoch()
 
     def draw_views(self, draw):
         """views.png: each row an image, then three pairs of views by draw(images) -> (v1, v2)."""
@@ -1102,27 +1109,32 @@ class Run:
         agreed_signal = int(asked)
         check_finite(self.totals[:1], f"step {step}: the loss is")
         if i == 0:
-            self._log_epoch(epoch, step, lr)
+            self._end_epoch(epoch, step, lr)
         due = epoch % self.args.checkpoint_every == 0 or epoch == self.args.epochs
         if agreed_signal or (i == 0 and due):
             self._save(step)
         if agreed_signal:
             self._stop(agreed_signal)
         if i == 0:
+            # After the checkpoint: the evaluation may take long.
+            if RANK == 0:
+                self._log_epoch()
             self.epoch_start = time.perf_counter(), step + 1
 
-    def _log_epoch(self, epoch, step, lr):
+    def _end_epoch(self, epoch, step, lr):
         loss, spread = (self.totals / self.steps_per_epoch).tolist()
         self.totals.zero_()
-        if RANK:
-            return
         start, first = self.epoch_start
         seconds = time.perf_counter() - start
         record = dict(epoch=epoch, step=step + 1, loss=loss, spread=spread, lr=lr, seconds=seconds)
         record["samples_per_sec"] = (step + 1 - first) * self.args.batch_size / seconds
         if self.state["scaler"].is_enabled():
             record["scale"] = self.state["scaler"].get_scale()
-        every = self.args.eval_every
+        self.epoch_record = record
+
+    def _log_epoch(self):
+        record, every = self.epoch_record, self.args.eval_every
+        epoch, spread = record["epoch"], record["spread"]
         if epoch == self.args.epochs or (every and epoch % every == 0):
             record |= knn_monitor(self.encoder, self.images, self.args.knn_k)
         self._log(record)
@@ -1148,6 +1160,7 @@ class Run:
         for value in state["network"].values():
             check_finite(value, f"step {step}: the weights are")
         state |= dict(step=step + 1, totals=self.totals, facts=self.facts, wandb_id=self.wandb_id)
+        state["epoch_record"] = self.epoch_record
         save_torch(self.dir / "checkpoint.pt", state)
 
     def _stop(self, number):

@@ -185,7 +185,8 @@ def test_stop_at_every_step_resumes_to_the_same_bytes(train, method, finished, f
         (line,) = result.err.splitlines()
         assert line.startswith("stopped; ") and f"--run-dir '{folder}' --resume" in line
         assert read_checkpoint(folder)["step"] == step + 1
-        assert len(read_log(folder)) == (step + 1) // 3
+        # The resumed run evaluates and logs the epoch that the last step ended.
+        assert len(read_log(folder)) == step // 3
         assert not (folder / "embeddings.npz").exists()
     # The handlers are put back.
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -233,6 +234,20 @@ def test_resume_of_a_finished_run(train, method, finished, folder):
     shutil.copytree(finished(method.__name__), folder)
     assert train(method, resume=True).status == 0
     assert outcome(folder) == outcome(finished(method.__name__))
+
+
+@pytest.mark.parametrize("log", ["", '{"epoch": 3, "st'])
+def test_failed_evaluation_loses_no_steps(train, folder, finished, monkeypatch, log):
+    """The checkpoint precedes it; the resumed run evaluates, and logs each epoch once."""
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "knn_monitor", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train()
+    assert read_checkpoint(folder)["step"] == 9 and len(read_log(folder)) == 2
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(log)
+    assert train(resume=True).status == 0
+    assert outcome(folder) == outcome(finished("simclr"))
 
 
 def half_precision_on_the_cpu(args):
@@ -300,7 +315,9 @@ def damage(name, whole, path):
     """Replace a file by a damaged or foreign one."""
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 16
-    contents = dict(truncated=whole[:-100], flipped=flipped, text=b"{", code=pickle.dumps(Code()))
+    contents = dict(
+        truncated=whole[:-100], flipped=flipped, text=b"{", code=pickle.dumps(Code(), 2)
+    )
     if name in contents:
         path.write_bytes(contents[name])
     elif name == "zipped code":
@@ -401,7 +418,7 @@ def test_full_disk_while_logging(train, folder, monkeypatch):
 
     at_step(monkeypatch, 5, fill)
     one_error(train(), "log.jsonl", "No space left on device")
-    assert read_checkpoint(folder)["step"] == 3
+    assert read_checkpoint(folder)["step"] == 6
 
 
 def test_file_size_limit_keeps_the_checkpoint(stopped, train, tiny, folder, finished):
