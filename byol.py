@@ -304,7 +304,8 @@ def augment(images, view, size):
         x = crop_resize(x, *crop_boxes(x, view.crop), chosen(view.flip_p).flatten(1), size)
     if view.turn_p:
         x = torch.where(chosen(view.turn_p), x.flip(2), x)
-        x = torch.where(chosen(view.turn_p), x.mT, x)
+        # Where x comes first, its memory layout stays.
+        x = torch.where(chosen(1 - view.turn_p), x, x.mT)
     if view.warp_p:
         degrees, dx, dy, zoom = (uniform(x, -1, 1, m, 4) * chosen(view.warp_p).flatten(1)).T
         x = affine(x, view.rotate * degrees, view.shift * dx, view.shift * dy, 1 + view.zoom * zoom)

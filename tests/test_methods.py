@@ -296,14 +296,14 @@ def test_train_step_equals_a_step_by_hand(method, amp_dtype):
     torch.testing.assert_close(network.state_dict(), twin.state_dict())
 
 
-@pytest.mark.parametrize("size", [12, 96])
-def test_two_views_are_one_graph_for_all_batches(size):
+@pytest.mark.parametrize("view, size", [(VIEW, 12), (VIEW, 96), (simclr.OVERHEAD_VIEW, 12)])
+def test_two_views_are_one_graph_for_all_batches(view, size):
     """Compiled with fullgraph, in every op, once: the host never waits."""
     torch._dynamo.utils.counters.clear()
     compiled, mean = one_graph(simclr.two_views), torch.rand(3, 1, 1)
     for _ in range(3):
         images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-        v1, v2 = compiled(images, VIEW, size, mean, 1 + mean)
+        v1, v2 = compiled(images, view, size, mean, 1 + mean)
         assert v1.shape == (8, 3, size, size) and not torch.equal(v1, v2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
