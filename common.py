@@ -128,8 +128,9 @@ def resolve(args, recipes, n=50_000):
     # Linear scaling rule (Goyal et al. 2017, arXiv:1706.02677).
     recipe["lr"] *= recipe["batch_size"] / usual
     if args.dataset in ("folder", "npz"):
-        epochs = recipe["epochs"] * 50_000 / n * recipe["batch_size"] / usual
-        recipe["epochs"] = max(recipe["epochs"], min(1000, round(epochs)))
+        steps = recipe["epochs"] * (50_000 // usual)
+        epochs = math.ceil(steps / max(1, n // recipe["batch_size"]))
+        recipe["epochs"] = max(recipe["epochs"], min(1000, epochs))
     if args.init and args.init != "imagenet":
         made, keys = load_torch(args.init), ("encoder", "width", "image_size")
         with user_errors(f"--init {args.init} is neither an encoder.pt nor a state dict"):
@@ -307,8 +308,8 @@ def load_images(
 
     image_size None: the size of the images, at most 224. labels: the CSV file of a folder's labels.
     window (low, high): the values that become 0 and 255 in images with more than 8 bits; None: the
-    0.1 and 99.9 percentile. fit: see `square`. The images are moved to a GPU if they take less than
-    half of its free memory. UserError if data is missing or broken.
+    0.1 and 99.9 percentile. fit: see `square`. If they take less than half of a GPU's free memory,
+    they go there. UserError if data is missing or broken.
     """
     check(image_size is None or image_size >= 4, f"--image-size {image_size} must be at least 4")
     check(not labels or dataset == "folder", f"--labels needs --dataset folder, not {dataset}")
@@ -321,10 +322,10 @@ def load_images(
     else:
         load = dict(digits=_digits, npz=_npz).get(dataset, _torchvision)
         arrays, ids, class_names, extra = load(dataset, root)
-        image_size = image_size or min(224, *arrays[0].shape[1:3])
-        deep = arrays[0].dtype != np.uint8
-        check(deep or not window, "--window is for images with more than 8 bits")
-        window = window or (choose_window(arrays[0]) if deep else None)
+        low, high = sorted(arrays[0].shape[1:3])
+        note_loss(low / high, fit)
+        image_size = image_size or min(224, low)
+        window = choose_window(arrays[0], window, arrays[0].dtype != np.uint8)
         with user_errors(f"cannot use {data_dir!r}", ValueError):
             images = [_squares(array, image_size, window, fit) for array in arrays]
     check(len(images[0]), f"--data-dir {data_dir!r} has no training images")
@@ -357,6 +358,12 @@ def square(images, size, fit="crop"):
     return resize(images, [size, size], antialias=True)
 
 
+def note_loss(kept, fit):
+    """Name --fit where the center squares keep less than half of the pixels."""
+    if fit == "crop" and kept < 0.5:
+        note(f"note: center squares keep {kept:.0%} of the pixels; --fit pad or stretch keeps all")
+
+
 def _squares(array, size, window, fit):
     """[N, H, W] or [N, H, W, C] -> uint8 [N, C, size, size]; gray images get three channels."""
     array, squares = array if array.ndim == 4 else array[..., None], []
@@ -373,8 +380,11 @@ def sample_pixels(values, n):
     return np.random.default_rng(0).choice(np.ravel(values), n)
 
 
-def choose_window(values):
-    """The 0.1 and 99.9 percentile of a sample of the pixels."""
+def choose_window(values, window=None, deep=True):
+    """The window, by default the 0.1 and 99.9 percentile of a sample of the pixels, if deep."""
+    check(deep or not window, "--window is for images with more than 8 bits")
+    if window or not deep:
+        return window
     low, high = np.percentile(sample_pixels(values, 10**6), (0.1, 99.9)).tolist()
     return low, max(high, low + 1e-6)
 
@@ -481,9 +491,12 @@ def _list_folder(root, table):
     files, labels, groups = ([[], []] for _ in range(3))
     for name in names:
         row, parts = rows.get(name, {}), Path(name).parts
-        i = part_of.get(row.get("split") or (parts[0] if layout else "train"))
+        # A listed image may be anywhere.
+        place = parts[0] if layout and (not row or parts[0] in part_of) else "train"
+        i = part_of.get(row.get("split") or place)
         if i is None:
-            others[f"images in {parts[0] if len(parts) > 1 else 'it'}, not in train or test"] += 1
+            place = parts[0] if len(parts) > 1 else "it"
+            others[f"images in {place}; to use them, move them into train"] += 1
             continue
         folder = parts[1] if layout and len(parts) > 2 else None
         files[i].append(name)
@@ -541,6 +554,15 @@ def _read_table(path, names):
     return rows
 
 
+@contextmanager
+def no_warnings():
+    """Pillow's do not name the file; PyTorch's is on a read-only one that nothing changes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@no_warnings()
 def _decode_folder(root, files, cache_dir, image_size, window, fit):
     """Decode [train, test] files once into a .npy under cache_dir; map it as uint8 [N, 3, S, S].
 
@@ -554,13 +576,9 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
             sizes.append(sorted(image.size))
             if image.mode[0] in "IF":
                 values.append(sample_pixels(np.asarray(image, np.float32), 10**4))
-    deep = len(values) > len(sizes) / 2
-    check(deep or not window, "--window is for images with more than 8 bits")
-    window = window or (choose_window(np.concatenate(values)) if deep else None)
+    window = choose_window(values, window, len(values) > len(sizes) / 2)
     low, high = np.array(sizes or [(224, 224)]).T
-    kept = (low / high).mean()
-    if fit == "crop" and kept < 0.5:
-        note(f"note: center squares keep {kept:.0%} of the pixels; --fit pad or stretch keeps all")
+    note_loss((low / high).mean(), fit)
     usual = int(np.median(high if fit == "pad" else low))
     image_size = image_size or min(224, usual)
     side = max(image_size, min(image_size * 3 // 2, usual))
@@ -570,10 +588,7 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
     facts.append([(stat.st_size, stat.st_mtime_ns) for stat in stats])
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.npy"
-    failed = f"cannot use {str(path)!r} in --cache-dir"
-    with user_errors(failed, (OSError, ValueError)), warnings.catch_warnings():
-        # Pillow's do not name the file; PyTorch's is on a read-only one, to which nothing writes.
-        warnings.simplefilter("ignore")
+    with user_errors(f"cannot use {str(path)!r} in --cache-dir", (OSError, ValueError)):
         cache_dir.mkdir(parents=True, exist_ok=True)
         # Other runs and ranks wait for the file.
         with filelock.FileLock(f"{path}.lock"):
@@ -612,7 +627,7 @@ def read_image(path, side, window=None, fit="crop"):
         frames, bands = getattr(image, "n_frames", 1), len(image.getbands())
         # MPO: a photograph with another of its views.
         if frames > 1 and image.format != "MPO":
-            raise ValueError(f"{frames} frames; save each as a file")
+            raise ValueError(f"{frames} frames; save each as a file, or all by --dataset npz")
         # Of TIFF: samples per pixel, and the bits of each.
         tags = getattr(image, "tag_v2", {})
         samples, bits = tags.get(277, bands), max(tags.get(258, (8,)))
@@ -729,7 +744,9 @@ def start_encoder(args, images):
     """
     encoder, dim = build_encoder(args.encoder, images.size, args.width, len(images.mean))
     if args.init:
-        mean, std = load_weights(encoder, args.init)
+        mean, std, window = load_weights(encoder, args.init)
+        if window and images.window not in (None, window):
+            note(f"note: --init saw images with --window {window}; these have {images.window}")
         if len(mean) == len(images.mean):
             images.mean, images.std = mean.to(images.mean), std.to(images.std)
     return encoder, dim
@@ -739,8 +756,10 @@ def load_weights(encoder, init):
     """Start from an encoder.pt, a state dict with torchvision's keys, or "imagenet". UserError.
 
     A first convolution of other channels is averaged over them, and scaled to keep its output.
-    Returns the mean and std [C, 1, 1] of the inputs, ImageNet's unless an encoder.pt names them.
+    Returns the mean and std [C, 1, 1] of the inputs, ImageNet's unless an encoder.pt names them,
+    and their window.
     """
+    window = None
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     name = encoder.architecture["encoder"]
     if init == "imagenet":
@@ -751,7 +770,7 @@ def load_weights(encoder, init):
             state = get_model(name, weights="DEFAULT").state_dict()
     else:
         state = load_torch(init)
-        mean, std = state.get("mean", mean), state.get("std", std)
+        mean, std, window = state.get("mean", mean), state.get("std", std), state.get("window")
         state = state.get("state_dict", state)
     own = encoder.state_dict()
     with user_errors(f"--init {init} holds no ResNet with torchvision's keys"):
@@ -763,16 +782,19 @@ def load_weights(encoder, init):
     left = [f"{key} {list(own[key].shape)}" for key in own if key not in same]
     check(len(left) < len(own) / 2, f"--init {init} does not fit --encoder {name} and --width")
     encoder.load_state_dict({key: state[key] for key in same}, strict=False)
-    rest = f"; not in it, or of another shape: {', '.join(left[:5])}" if left else ""
+    unused = [key for key in state if key not in own and not key.startswith("fc.")]
+    rest = {"; not in it, or of another shape: ": left, "; not used: ": unused}
+    rest = "".join(title + ", ".join(keys[:5]) for title, keys in rest.items() if keys)
     note(f"--init {init}: loaded {len(same)} of {len(own)} tensors{rest}")
-    return mean, std
+    return mean, std, window
 
 
 def load_encoder(path):
     """The encoder of an encoder.pt in eval mode, and the file's other entries as a dict.
 
     `encoder(normalize(images, info["mean"], info["std"]))` gives features [N, feature_dim] of
-    images of info["image_size"] pixels. UserError if the file is damaged or not such a file.
+    images of info["image_size"] pixels; of more than 8 bits, first map them by info["window"].
+    UserError if the file is damaged or not such a file.
     """
     info = load_torch(path)
     with user_errors(f"{str(path)!r} is not an encoder.pt of these scripts"):
@@ -785,6 +807,7 @@ def load_encoder(path):
     return encoder.eval(), info
 
 
+@no_warnings()
 @torch.no_grad()
 def encode_files(path, files, device="cpu"):
     """Features [N, feature_dim] float32 of image files by an encoder.pt, decoded as in training."""

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,7 +183,8 @@ def test_folder_layout(tmp_path, capsys, name):
     assert (note in out) == (name == "loose file in train")
     alone = name in ("tree", "one class")
     assert ("3 of 3 training images are unlabelled; label" in out) == alone
-    ignored = ", 1 images in more, not in train or test" if name == "outside of train" else ""
+    hint = ", 1 images in more; to use them, move them into train"
+    ignored = hint if name == "outside of train" else ""
     assert f"note: ignored in {str(tmp_path)!r}: 1 .txt{ignored}" in out
     files = [*images.extra["train_files"], *images.extra["test_files"]]
     assert [*images.extra] == ["train_files", "test_files"]
@@ -284,7 +286,7 @@ def test_broken_images_are_all_named(run_cli, tmp_path):
     result = run_cli(simclr, *flags(dataset="folder", data_dir=tmp_path, batch_size=2))
     lines = result.err.splitlines()
     assert result.status == 2 and len(lines) == 6, result
-    assert "2 frames; save each as a file" in lines[4]
+    assert "2 frames; save each as a file, or all by --dataset npz" in lines[4]
     for line, name in zip(lines, sorted([*sizes, "float.tif", "stack.tif"])):
         assert line.startswith(f"error: {str(tmp_path / name)!r} cannot be read"), line
     assert {path.suffix for path in Path("cache").iterdir()} <= {".lock"}
@@ -333,6 +335,9 @@ def test_window_flag(run_cli, tmp_path):
     assert len(cached()) == 2
     expected = (twelve_bits(8) - 100.0).clip(0, 200) * 255 / 200
     assert np.abs(images.train[:, 0].numpy() - expected).max() <= 1
+    words = [*words[:-3], "--run-dir", tmp_path / "other", "--init", tmp_path / "run/encoder.pt"]
+    out = run_cli(simclr, *words, "--window", 0, 4095).out
+    assert "--init saw images with --window (100.0, 300.0); these have (0.0, 4095.0)" in out
 
 
 @pytest.mark.parametrize(
@@ -396,7 +401,9 @@ def test_note_on_images_far_from_square(tmp_path, capsys):
     """A folder whose center squares keep less than half of the pixels is answered with --fit."""
     write(tmp_path / "0.png", noise(20, 60))
     load(tmp_path)
-    assert "center squares keep 33% of the pixels; --fit pad" in capsys.readouterr().out
+    np.savez("wide.npz", train_images=noise(20, 60)[None])
+    common.load_images("npz", "wide.npz")
+    assert capsys.readouterr().out.count("center squares keep 33% of the pixels; --fit pad") == 2
     images = common.load_images("folder", tmp_path, fit="pad")
     assert images.train.shape == (1, 3, 60, 60) and not images.train[:, :, :20].any()
     write(tmp_path / "ct/0.tif", np.full((20, 60), 100, np.float32))
@@ -485,21 +492,36 @@ def test_unlabelled_rows_of_a_table(scans, tmp_path):
     assert images.extra["test_groups"].tolist() == ["z"]
 
 
+def test_listed_images_may_be_anywhere(tmp_path):
+    """Beside train/ too; without a split they are training images."""
+    for i, name in enumerate(("train/0", "train/1", "more/2", "more/3")):
+        write(tmp_path / "photos" / f"{name}.png", noise(8, 8, seed=i))
+    labels = table(tmp_path, "file,label", "train/0.png,a", "more/2.png,b")
+    images = common.load_images("folder", tmp_path / "photos", labels=labels)
+    assert images.extra["train_files"].tolist() == ["more/2.png", "train/0.png", "train/1.png"]
+    assert images.train_labels.tolist() == [1, 0, -1]
+
+
 # ---------------------------------------------------------------- starting from weights
 
 
-def test_encode_files_equals_embeddings(run_cli, photos, tmp_path, method):
+def test_encode_files_equals_embeddings(run_cli, photos, tmp_path, method, monkeypatch):
     """encoder.pt and the image files, only read, give the features of embeddings.npz."""
     before = sorted(photos.rglob("*"))
+    # Pillow warns of large files, without their names.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     for i, array in enumerate(twelve_bits(6, side=30)):
         write(tmp_path / f"deep/{i}.tif", array)
     for root, size in ((photos, 16), (tmp_path / "deep", None)):
         words = dict(dataset="folder", data_dir=root, run_dir=tmp_path / f"{size}", width=16)
         words |= dict(epochs=1, batch_size=4, image_size=size, encoder="resnet10")
-        assert run_cli(method, *flags(**words)).status == 0
+        result = run_cli(method, *flags(**words))
+        assert result.status == 0 and not result.warnings
         arrays = np.load(tmp_path / f"{size}/embeddings.npz")
         files = [root / name for name in arrays["train_files"]]
-        found = common.encode_files(tmp_path / f"{size}/encoder.pt", files)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = common.encode_files(tmp_path / f"{size}/encoder.pt", files)
         np.testing.assert_allclose(found, arrays["train_features"], rtol=1e-3, atol=1e-4)
     assert sorted(photos.rglob("*")) == before
 
@@ -550,8 +572,11 @@ def test_init_adapts_the_first_convolution(capsys):
     capsys.readouterr()
     common.load_weights(small, "seven.pt")
     assert torch.equal(small.conv1.weight, before)
-    assert "loaded 119 of 120 tensors" in capsys.readouterr().out
+    says = "loaded 119 of 120 tensors; not in it, or of another shape: conv1.weight [16, 3, 3, 3]\n"
+    assert says in capsys.readouterr().out
     assert torch.equal(small.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+    common.load_weights(common.build_encoder("resnet10", 96, 16)[0], "seven.pt")
+    assert "loaded 72 of 72 tensors; not used: layer1.1.conv1.weight, " in capsys.readouterr().out
 
 
 def test_init_imagenet(monkeypatch):
