@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
+import torch
 from accuracy import ROOT, means, record, recorded, train_and_evaluate
 from sklearn.model_selection import train_test_split
 
@@ -29,7 +30,7 @@ import common
 
 CPU = (
     "--encoder resnet10 --width 16 --epochs 25 --warmup-epochs 1 --eval-every 5 --batch-size 128 "
-    "--precision bf16 --compile"
+    "--compile"
 )
 
 
@@ -77,8 +78,10 @@ def main(args):
         path.parent.mkdir(parents=True, exist_ok=True)
         hold_out(dataset, args.data_dir, args.holdout, path)
         dataset, args.data_dir = "npz", str(path)
-    settings = ["--dataset", dataset]
-    settings += [*shlex.split(CPU * args.cpu), *shlex.split(args.extra)]
+    settings = ["--dataset", dataset, *shlex.split(CPU * args.cpu)]
+    # Emulated, it is slower than float32.
+    bf16 = args.cpu and torch.cpu._is_avx512_bf16_supported()
+    settings += [*["--precision", "bf16"] * bf16, *shlex.split(args.extra)]
     done = recorded(output, "name", "seed")
     for method, seed in [("untrained", 1), *((m, s) for m in args.methods for s in args.seeds)]:
         name = f"{method} {args.extra}".strip()
