@@ -214,13 +214,23 @@ def test_figures_are_recorded():
     says = "is {:.1f} (SimCLR), {:.1f} (BYOL) and {:.1f} (Barlow Twins) times as fast"
     assert says.format(*faster) in " ".join(TEXT.split())
     lines = map(json.loads, (ROOT / "benchmarks/results/versus-lightly-cpu.jsonl").open())
-    simclr = {(line["side"], line["seed"]): line for line in lines if line["method"] == "simclr"}
+    found = {(line["method"], line["side"], line["seed"]): line for line in lines}
     a, b = (
-        mean(simclr[arm, i]["k20"] - simclr["lightly", i]["k20"] for i in range(1, 6))
+        mean(
+            found["simclr", arm, i]["k20"] - found["simclr", "lightly", i]["k20"]
+            for i in range(1, 6)
+        )
         for arm in ("arm A", "arm B")
     )
     says = f"lightly's recipe ({a:+.1f} points, 5 seeds) and {b:.1f} points better in ours"
     assert says in " ".join(TEXT.split())
+    updates = [
+        found[name, "update", 1]["difference"] for name in ("barlow_twins", "byol", "simclr")
+    ]
+    says = "by {:.3f} (Barlow Twins) and {:.3f} (BYOL) of the update, and by {:.3f} for SimCLR"
+    text = " ".join((ROOT / "benchmarks/README.md").read_text().split())
+    assert says.format(*updates) in text
+    assert f"one forward they differ by {found['simclr', 'update', 1]['one_forward']:.3f}" in text
     runs = json.loads((ROOT / "benchmarks/results/suspects-cpu.json").read_text())["runs"]
     share = mean(run["found"] / run["flipped"] for run in runs)
     assert f"its first 72 rows hold [{100 * share:.0f} % of them]" in TEXT
