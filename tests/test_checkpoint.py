@@ -236,6 +236,32 @@ def test_resume_of_a_finished_run(train, method, finished, folder):
     assert outcome(folder) == outcome(finished(method.__name__))
 
 
+def test_own_images_resume_to_the_same_bytes(train, folder, finished, tmp_path, monkeypatch):
+    """16-bit files, a table, groups, a start from weights, overhead views; decoded once."""
+    rng, lines = np.random.default_rng(0), ["file,label,split,group"]
+    (tmp_path / "scans").mkdir()
+    for i in range(40):
+        scan = rng.integers(0, 4096, (12, 16), np.uint16)
+        Image.fromarray(scan).save(tmp_path / f"scans/{i:02}.png")
+        lines += [f"{i:02}.png,{'ab'[i % 2]},{'test' if i > 31 else ''},{i // 4}"] * (i > 9)
+    # As Excel writes it.
+    (tmp_path / "labels.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    words = dict(dataset="folder", data_dir=tmp_path / "scans", labels=tmp_path / "labels.csv")
+    words |= dict(init=finished("simclr") / "encoder.pt", augment="overhead", fit="stretch")
+    words |= dict(batch_size=8, eval_every=1)
+    whole = tmp_path / "whole"
+    assert train(run_dir=whole, **words).status == 0
+    monkeypatch.setattr(common, "_decode", lambda *args: pytest.fail("decoded again"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        assert train(**words).status == 143
+    assert train(resume=True, **words).status == 0
+    assert outcome(folder) == outcome(whole)
+    arrays = np.load(folder / "embeddings.npz")
+    assert arrays["train_labels"].tolist() == [-1] * 10 + [0, 1] * 11
+    assert arrays["train_groups"][10:12].tolist() == ["2", "2"] and len(arrays["test_labels"]) == 8
+
+
 @pytest.mark.parametrize("log", ["", '{"epoch": 3, "st'])
 def test_failed_evaluation_loses_no_steps(train, folder, finished, monkeypatch, log):
     """The checkpoint precedes it; the resumed run evaluates, and logs each epoch once."""

@@ -392,6 +392,8 @@ def test_npz_with_any_channels_trains(run_cli, tmp_path, method, channels):
     assert run_cli(knn_eval, tmp_path / "run", "--pixels").status == 0
     for name in ("views.png", "knn/neighbors.png"):
         Image.open(tmp_path / "run" / name).load()
+    # No color ops.
+    assert common.load_images("npz", tmp_path / "x.npz").gray
     encoder, info = common.load_encoder(tmp_path / "run/encoder.pt")
     expected = channels if channels > 1 else 3
     assert encoder.conv1.in_channels == expected == len(info["mean"])
@@ -404,6 +406,10 @@ def test_note_on_images_far_from_square(tmp_path, capsys):
     np.savez("wide.npz", train_images=noise(20, 60)[None])
     common.load_images("npz", "wide.npz")
     assert capsys.readouterr().out.count("center squares keep 33% of the pixels; --fit pad") == 2
+    crop, stretched = (
+        common.load_images("folder", tmp_path, 20, fit=f) for f in ("crop", "stretch")
+    )
+    assert not torch.equal(crop.train, stretched.train)
     images = common.load_images("folder", tmp_path, fit="pad")
     assert images.train.shape == (1, 3, 60, 60) and not images.train[:, :, :20].any()
     write(tmp_path / "ct/0.tif", np.full((20, 60), 100, np.float32))
