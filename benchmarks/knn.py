@@ -68,7 +68,8 @@ def few_labels_over_sweep(train, labels, test, truth):
     for name, x, y in (("train", train, labels), ("test", test, truth)):
         rows = np.arange(len(x))
         parts.append(knn_eval.Part(name, x, y, rows, rows, rows))
-    entry = SimpleNamespace(name="", voters=parts[0], queries=parts[1], class_name=str)
+    entry = SimpleNamespace(name="", class_name=str, predictions=[])
+    entry.train, entry.test = entry.voters, entry.queries = parts
     args, tables = knn_eval.Args(device=None), dict(knn={}, labels={})
     sweep = seconds(lambda: knn_eval.sweep(entry, args, tables["knn"]))
     return seconds(lambda: knn_eval.labels_needed(entry, args, tables)) / sweep
