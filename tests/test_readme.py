@@ -215,15 +215,14 @@ def test_figures_are_recorded():
     assert says.format(*faster) in " ".join(TEXT.split())
     lines = map(json.loads, (ROOT / "benchmarks/results/versus-lightly-cpu.jsonl").open())
     found = {(line["method"], line["side"], line["seed"]): line for line in lines}
-    a, b = (
-        mean(
-            found["simclr", arm, i]["k20"] - found["simclr", "lightly", i]["k20"]
-            for i in range(1, 6)
-        )
+    a, b, c, d = (
+        mean(found[name, arm, i]["k20"] - found[name, "lightly", i]["k20"] for i in range(1, 6))
         for arm in ("arm A", "arm B")
+        for name in ("simclr", "byol")
     )
-    says = f"lightly's recipe ({a:+.1f} points, 5 seeds) and {b:.1f} points better in ours"
-    assert says in " ".join(TEXT.split())
+    text = " ".join(TEXT.split())
+    assert f"equal in lightly's recipe ({a:+.1f} and {b:+.1f} points, 5 seeds" in text
+    assert f"{c:.1f} and {d:.1f} points better in ours" in text
     updates = [
         found[name, "update", 1]["difference"] for name in ("barlow_twins", "byol", "simclr")
     ]
