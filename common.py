@@ -323,7 +323,7 @@ def load_images(
         load = dict(digits=_digits, npz=_npz).get(dataset, _torchvision)
         arrays, ids, class_names, extra = load(dataset, root)
         low, high = sorted(arrays[0].shape[1:3])
-        note_loss(low / high, fit)
+        note_cropped(low / high, fit)
         image_size = image_size or min(224, low)
         window = choose_window(arrays[0], window, arrays[0].dtype != np.uint8)
         with user_errors(f"cannot use {data_dir!r}", ValueError):
@@ -358,7 +358,7 @@ def square(images, size, fit="crop"):
     return resize(images, [size, size], antialias=True)
 
 
-def note_loss(kept, fit):
+def note_cropped(kept, fit):
     """Name --fit where the center squares keep less than half of the pixels."""
     if fit == "crop" and kept < 0.5:
         note(f"note: center squares keep {kept:.0%} of the pixels; --fit pad or stretch keeps all")
@@ -578,7 +578,7 @@ def _decode_folder(root, files, cache_dir, image_size, window, fit):
                 values.append(sample_pixels(np.asarray(image, np.float32), 10**4))
     window = choose_window(values, window, len(values) > len(sizes) / 2)
     low, high = np.array(sizes or [(224, 224)]).T
-    note_loss((low / high).mean(), fit)
+    note_cropped((low / high).mean(), fit)
     usual = int(np.median(high if fit == "pad" else low))
     image_size = image_size or min(224, usual)
     side = max(image_size, min(image_size * 3 // 2, usual))

@@ -219,9 +219,6 @@ class Args:
 
 # ---------------------------------------------------------------- inputs
 
-# Entries of meta that do not name a run.
-UNNAMED = ("method", "dataset", "seed", "cache_dir")
-
 
 @dataclass
 class Part:
@@ -282,7 +279,8 @@ def read_inputs(args):
     sets = {str(entry.meta.get("dataset")) for entry in inputs}
     for entry in inputs:
         entry.column = entry.meta.get("method", entry.name)
-        entry.keys = [key for key in entry.meta if key not in UNNAMED]
+        other = "method", "dataset", "seed", "cache_dir"
+        entry.keys = [key for key in entry.meta if key not in other]
         if entry.meta.get("epochs") == 0:
             init = entry.meta.get("init")
             entry.column = f"init {init}" if init else "untrained"
