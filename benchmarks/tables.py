@@ -146,11 +146,11 @@ def versus_lightly():
         key = line["side"], [*COLUMNS].index(line["method"])
         found.setdefault(key, {})[line["seed"]] = line
     for (side, i), runs in sorted(found.items()):
-        theirs = found.get(("lightly", i), {})
+        theirs = found.get(("arm B" if side == "bug B" else "lightly", i), {})
         paired = sorted(runs.keys() & theirs.keys())
         if side in ("lightly", "update"):
             continue
-        if side in ("arm A", "arm B", "bug") and paired:
+        if side in ("arm A", "arm B", "bug", "bug B") and paired:
             accuracy = f"{mean(theirs[seed]['k20'] for seed in paired):.1f}"
             differences = [[runs[s][k] - theirs[s][k] for s in paired] for k in ("k20", "k200")]
             (shown, word), (more, _) = map(verdict, differences)
