@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from PIL import Image
 from torch._dynamo.backends.common import aot_autograd
 from torch._ops import OpOverload
 
@@ -63,6 +64,15 @@ class Code:
 
     def __reduce__(self):
         return open, ("the code ran", "w")
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def read_log(folder):
@@ -136,6 +146,24 @@ def tiny_npz(tmp_path_factory):
         arrays[f"{part}_labels"] = getattr(images, f"{part}_labels")[:n, None].numpy()
     np.savez(path, **arrays)
     return path
+
+
+@pytest.fixture
+def cifar10():
+    """The folder of CIFAR-10 as JPEG files, train/<class>/*.jpg and test/<class>/*.jpg."""
+    if "SSL_TEST_CIFAR10" not in os.environ:
+        pytest.skip("SSL_TEST_CIFAR10 does not name the folder with train/ and test/")
+    return Path(os.environ["SSL_TEST_CIFAR10"])
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """32 training and 8 test images of 24x30 pixels in two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(40):
+        name = f"{'test' if i % 5 == 4 else 'train'}/class {i % 2}/{i}.png"
+        write(root / name, noise(24, 30, 3, seed=i))
+    return root
 
 
 @pytest.fixture(scope="session")

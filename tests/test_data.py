@@ -16,7 +16,7 @@ import pytest
 import tifffile
 import torch
 import torchvision
-from conftest import flags
+from conftest import flags, noise, write
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torchvision.transforms import v2
@@ -29,18 +29,9 @@ CPU = torch.device("cpu")
 FORK = multiprocessing.get_context("fork")
 
 
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-
-
 def smooth(height, width):
     """A color image without sharp edges: two ways of resizing it nearly agree."""
     return np.array(Image.fromarray(noise(4, 4, 3)).resize((width, height)))
-
-
-def write(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
 
 
 def load(root, size=None, cache="cache"):
@@ -54,16 +45,6 @@ def load_npz(folder, **arrays):
 
 def as_hwc(image):
     return image.permute(1, 2, 0).numpy()
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """32 training and 8 test images of 24x30 pixels in two classes."""
-    root = tmp_path_factory.mktemp("photos")
-    for i in range(40):
-        name = f"{'test' if i % 5 == 4 else 'train'}/class {i % 2}/{i}.png"
-        write(root / name, noise(24, 30, 3, seed=i))
-    return root
 
 
 # ---------------------------------------------------------------- named data sets
@@ -134,12 +115,9 @@ def test_torchvision_layouts_keep_size_and_order(monkeypatch, name, splits):
     assert images.train_labels.tolist() == labels and not images.gray and seen == splits
 
 
-def test_cifar10_jpeg_folder(tmp_path):
+def test_cifar10_jpeg_folder(tmp_path, cifar10):
     """The pixels of CIFAR-10's JPEG files are Pillow's, in classes sorted by name."""
-    source = os.environ.get("SSL_TEST_CIFAR10")
-    if not source:
-        pytest.skip("SSL_TEST_CIFAR10 does not name the folder with train/ and test/")
-    (tmp_path / "train").symlink_to(f"{source}/test")
+    (tmp_path / "train").symlink_to(cifar10 / "test")
     images = load(tmp_path)
     assert images.train.shape == (10000, 3, 32, 32) and images.class_names[::9] == [
         "airplane",

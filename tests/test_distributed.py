@@ -154,9 +154,10 @@ def torchrun(*words):
     return subprocess.Popen([*command, *words], cwd=ROOT, **pipes)
 
 
-def test_torchrun_sigterm_and_resume_on_one_process(tiny, tmp_path, run_cli, monkeypatch):
-    """Two processes write one run folder; stopped, one process continues it."""
-    options = tiny(run_dir=tmp_path / "run", epochs=10_000, checkpoint_every=10_000)
+def test_torchrun_sigterm_and_resume_on_one_process(tiny, photos, tmp_path, run_cli, monkeypatch):
+    """Two processes read one folder of images, write one run; stopped, one process continues it."""
+    options = dict(dataset="folder", data_dir=photos, cache_dir=tmp_path / "cache", batch_size=10)
+    options = tiny(run_dir=tmp_path / "run", epochs=10_000, checkpoint_every=10_000, **options)
     job = torchrun("simclr.py", *flags(**options))
     log = tmp_path / "run" / "log.jsonl"
     while not (log.exists() and log.read_text()) and job.poll() is None:
@@ -175,6 +176,7 @@ def test_torchrun_sigterm_and_resume_on_one_process(tiny, tmp_path, run_cli, mon
     epochs = [record["epoch"] for record in read_log(tmp_path / "run")]
     assert epochs == list(range(1, (step + 6) // 3 + 1))
     assert json.loads((tmp_path / "run" / "args.json").read_text())["processes"] == 1
+    assert len([*(tmp_path / "cache").glob("*.npy")]) == 1
 
 
 def test_torchrun_prints_an_error_once(tiny, tmp_path):

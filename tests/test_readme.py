@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from operator import attrgetter
@@ -120,15 +121,24 @@ def test_losses_equal_those_of_the_files():
         torch.testing.assert_close(names[name], value)
 
 
-def test_your_images_example_runs(tmp_path, monkeypatch):
-    """The lines of the example on crops of two photographs, 20 of 40 labelled, and encode_files."""
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("source", ["scikit-learn", "cifar10"])
+def test_your_images_example_runs(request, source):
+    """The lines of the example on crops of two photographs or on JPEG files, and encode_files.
+
+    20 of the 40 images are labelled.
+    """
     Path("photos").mkdir()
     lines = ["file,label"]
+    if source == "cifar10":
+        folders = [request.getfixturevalue(source) / f"test/{name}" for name in ("cat", "ship")]
+        images = [sorted(folder.iterdir()) for folder in folders]
     for i in range(40):
-        photograph, y, x = load_sample_images().images[i % 2], 37 * i % 250, 53 * i % 450
-        Image.fromarray(photograph[y : y + 150, x : x + 150]).save(f"photos/{i}.jpg")
-        lines += [f"{i}.jpg,{('temple', 'flower')[i % 2]}"] * (i < 20)
+        if source == "cifar10":
+            shutil.copy(images[i % 2][i], f"photos/{i}.jpg")
+        else:
+            photograph, y, x = load_sample_images().images[i % 2], 37 * i % 250, 53 * i % 450
+            Image.fromarray(photograph[y : y + 150, x : x + 150]).save(f"photos/{i}.jpg")
+        lines += [f"{i}.jpg,class {i % 2}"] * (i < 20)
     Path("labels.csv").write_text("\n".join(lines))
     (example,) = (code for language, code in BLOCKS if language == "sh")
     for line in example.splitlines():
