@@ -505,7 +505,7 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
     # Loads the checkpoint in --run-dir, if any, into network, optimizer and scaler.
-    run = common.Run("byol", args, images, view, encoder, network, optimizer, scaler)
+    run = common.Run("byol", args, images, encoder, network, optimizer, scaler)
     run.draw_views(lambda batch: two_views(batch, view, images.size))
     # The network in DistributedDataParallel (several processes) and torch.compile.
     model = common.distribute(network, device, args.compile)

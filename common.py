@@ -5,6 +5,7 @@ gradient depends on these here: `build_encoder`, `gather` and `distribute` (seve
 `epoch_order` (the images of a batch), `seed_draws` (random numbers).
 """
 
+import copy
 import csv
 import glob
 import hashlib
@@ -14,7 +15,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from itertools import chain, islice
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -65,16 +66,6 @@ def note(text):
         print(text)
 
 
-def check_finite(tensor, what):
-    """Raise UserError unless all values are finite."""
-    check(torch.isfinite(tensor).all(), f"{what} not finite; a lower --lr may help")
-
-
-def one_line(error):
-    """The text of an exception on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 @contextmanager
 def user_errors(message, types=Exception):
     """Turn exceptions of these types inside the block into UserError("message (reason)")."""
@@ -83,7 +74,8 @@ def user_errors(message, types=Exception):
     except UserError:
         raise
     except types as error:
-        raise UserError(f"{message} ({one_line(error)})") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{message} ({reason})") from error
 
 
 def cli(args_class, main, recipes=None):
@@ -116,11 +108,6 @@ def resolve(args, recipes, n=50_000):
     With n training images, an unset batch size is at most a quarter of them. The recipe of folder
     and npz is for 50,000 images: unset epochs give its number of steps, up to 1,000 epochs.
     """
-    for key, hint in get_type_hints(type(args)).items():
-        # Literal["a", "b"] has its values as arguments, Literal["a", "b"] | None one level deeper.
-        choices = [c for part in (hint, *get_args(hint)) for c in get_args(part)]
-        value, known = getattr(args, key), ", ".join(c for c in choices if isinstance(c, str))
-        check(not known or value in (None, *choices), f"--{key} {value} must be one of {known}")
     recipe = dict(recipes[args.dataset])
     usual = recipe["batch_size"]
     most = max(2, n // 4 // WORLD_SIZE) * WORLD_SIZE
@@ -142,18 +129,14 @@ def resolve(args, recipes, n=50_000):
         args = replace(args, warmup_epochs=args.epochs / 10)
 
     # Below 16 channels, oneDNN's backward of strided 1x1 convolutions corrupts memory (its #6035).
-    least = dict(width=16, batch_size=2 * WORLD_SIZE, temperature=1e-6)
-    least |= dict.fromkeys("hidden_dim projection_dim knn_k checkpoint_every".split(), 1)
-    zeros = "seed projection_layers epochs lr weight_decay warmup_epochs eval_every lambd"
-    for key, low in (least | dict.fromkeys(zeros.split(), 0)).items():
-        value = getattr(args, key, low)
-        check(low <= value < math.inf, f"--{key.replace('_', '-')} {value} must be at least {low}")
+    least = dict(width=16, batch_size=2 * WORLD_SIZE, knn_k=1, checkpoint_every=1)
+    for key, value in vars(args).items():
+        if isinstance(value, int | float):
+            low, flag = least.get(key, 0), key.replace("_", "-")
+            check(low <= value < math.inf, f"--{flag} {value} must be at least {low}")
     message = f"--batch-size {args.batch_size} is global; it must be a multiple of {WORLD_SIZE}"
     check(args.batch_size % WORLD_SIZE == 0, f"{message}, the number of processes")
     check(args.run_dir or not args.resume, "--resume needs --run-dir, the folder of the run")
-    low, high = args.window or (0, 1)
-    finite = -math.inf < low < high < math.inf
-    check(finite, f"--window {low} {high}: the first must be below the second, both finite")
     return args
 
 
@@ -194,8 +177,7 @@ def set_up(args):
         precision = "bf16" if native else "fp16" if cuda else "fp32"
         if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
             # Of a ResNet-18 (benchmarks/README.md, speed). float32 gives the same bytes everywhere.
-            times = 2.4 if torch.cpu._is_amx_tile_supported() else 1.8
-            note(f"note: on this processor --precision bf16 is up to {times} times as fast")
+            note("note: on this processor --precision bf16 is 1.8 times as fast (with AMX 2.4)")
     check(cuda or precision != "fp16", f"--precision fp16 needs --device cuda, not {device.type}")
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
@@ -213,10 +195,10 @@ def set_up(args):
 def seed_draws(seed, purpose, step=0):
     """Seed PyTorch by (seed, purpose, step) alone, so that a resumed run draws the same numbers.
 
-    purpose: "weights" or "picture", the same on every rank, or "views", each rank its own.
+    purpose: "weights", the same on every rank, or "views", each rank its own.
     """
     # Not 0: that is the stream of epoch_order.
-    stream = {"weights": 1, "picture": 2, "views": RANK + 3}[purpose]
+    stream = RANK + 3 if purpose == "views" else 1
     state = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) >> 1)
 
@@ -311,24 +293,25 @@ def load_images(
     0.1 and 99.9 percentile. fit: see `square`. If they take less than half of a GPU's free memory,
     they go there. UserError if data is missing or broken.
     """
-    check(image_size is None or image_size >= 4, f"--image-size {image_size} must be at least 4")
     check(not labels or dataset == "folder", f"--labels needs --dataset folder, not {dataset}")
     device, root = torch.device(device), Path(data_dir)
     if dataset == "folder":
         files, ids, class_names, extra = _list_folder(root, labels)
-        images, image_size, window = _decode_folder(
-            root, files, Path(cache_dir), image_size, window, fit
-        )
+        sizes, values = _sample_files(root, files[0])
     else:
         load = dict(digits=_digits, npz=_npz).get(dataset, _torchvision)
         arrays, ids, class_names, extra = load(dataset, root)
-        low, high = sorted(arrays[0].shape[1:3])
-        note_cropped(low / high, fit)
-        image_size = image_size or min(224, low)
-        window = choose_window(arrays[0], window, arrays[0].dtype != np.uint8)
+        sizes = [sorted(arrays[0].shape[1:3])]
+        values = [sample_pixels(arrays[0], 10**6)] if arrays[0].dtype != np.uint8 else []
+    usual, window = choose_form(sizes, values, window, fit)
+    image_size = image_size or min(224, usual)
+    if dataset == "folder":
+        # Larger than the encoder's input, for the crops.
+        side = max(image_size, min(image_size * 3 // 2, usual))
+        images = _decode_folder(root, files, Path(cache_dir), side, window, fit)
+    else:
         with user_errors(f"cannot use {data_dir!r}", ValueError):
             images = [_squares(array, image_size, window, fit) for array in arrays]
-    check(len(images[0]), f"--data-dir {data_dir!r} has no training images")
     both = {*extra.get("train_groups", ())} & {*extra.get("test_groups", ())}
     if both:
         note(f"warning: {len(both)} groups are in training and test: accuracies are too high")
@@ -346,22 +329,16 @@ def load_images(
 
 
 def square(images, size, fit="crop"):
-    """uint8 images [N, C, H, W] as squares of `size` pixels, resized with antialiasing.
+    """uint8 images [N, C, H, W], or one of Pillow's, as squares of `size` pixels, antialiased.
 
     fit: "crop" the center, "pad" with black, or "stretch".
     """
-    from torchvision.transforms.functional import center_crop, resize
+    from torchvision.transforms.functional import center_crop, get_image_size, resize
 
     if fit != "stretch":
         # A larger center_crop pads.
-        images = center_crop(images, dict(crop=min, pad=max)[fit](images.shape[2:]))
+        images = center_crop(images, dict(crop=min, pad=max)[fit](get_image_size(images)))
     return resize(images, [size, size], antialias=True)
-
-
-def note_cropped(kept, fit):
-    """Name --fit where the center squares keep less than half of the pixels."""
-    if fit == "crop" and kept < 0.5:
-        note(f"note: center squares keep {kept:.0%} of the pixels; --fit pad or stretch keeps all")
 
 
 def _squares(array, size, window, fit):
@@ -380,13 +357,21 @@ def sample_pixels(values, n):
     return np.random.default_rng(0).choice(np.ravel(values), n)
 
 
-def choose_window(values, window=None, deep=True):
-    """The window, by default the 0.1 and 99.9 percentile of a sample of the pixels, if deep."""
-    check(deep or not window, "--window is for images with more than 8 bits")
-    if window or not deep:
-        return window
-    low, high = np.percentile(sample_pixels(values, 10**6), (0.1, 99.9)).tolist()
-    return low, max(high, low + 1e-6)
+def choose_form(sizes, values, window, fit):
+    """The usual side of the squares, and the window of most images with more than 8 bits.
+
+    sizes: sorted sides of sampled images; values: pixels of each of them with more than 8 bits.
+    """
+    short, long = np.array(sizes).T
+    if fit == "crop" and (short / long).mean() < 0.5:
+        note("note: center squares keep less than half of the pixels; see --fit pad and stretch")
+    deep = len(values) > len(sizes) / 2
+    fits = not window or (deep and window[0] < window[1])
+    check(fits, f"--window {window} must be LOW HIGH, and is for images with more than 8 bits")
+    if deep and not window:
+        low, high = np.percentile(np.concatenate(values), (0.1, 99.9)).tolist()
+        window = low, max(high, low + 1e-6)
+    return int(np.median(long if fit == "pad" else short)), window
 
 
 def to_uint8(values, window):
@@ -441,24 +426,22 @@ def _npz(dataset, path):
     arrays = read_npz(path, "train_images", optional)
     first, images, labels, extra = arrays["train_images"], [], [], {}
     for part in parts:
-        x = arrays.get(f"{part}_images", first[:0] if first.ndim else first)
+        x = arrays.get(f"{part}_images", first[:0])
         form = f"{str(path)!r}: {part}_images must be numbers [N, H, W] or [N, H, W, C], H and W"
-        fits = x.ndim == 3 or (x.ndim == 4 and x.shape[3] <= 32)
-        fits = fits and min(x.shape[1:3]) >= 4 and x.dtype.kind in "uif"
-        fits = fits and x.dtype == first.dtype and x.shape[3:] == first.shape[3:]
+        fits = x.ndim in (3, 4) and min(x.shape[1:3]) >= 4 and x.shape[3:] <= (32,)
+        fits = fits and len(first) and x.dtype.kind in "uif" and x.dtype == first.dtype
+        fits = fits and x.shape[3:] == first.shape[3:]
         check(fits, f"{form} from 4, C to 32, as in train_images, not {x.dtype} {list(x.shape)}")
         y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
+        groups = arrays.get(f"{part}_groups", y).flatten()
         form = f"{str(path)!r}: {part}_labels must be {len(x)} integers, -1 for unlabelled"
-        fits = y.dtype.kind in "iu" and len(y) == len(x) and y.min(initial=0) >= -1
-        check(fits, f"{form}, not {y.dtype} {list(y.shape)}")
-        name = f"{part}_groups"
-        if name in arrays:
-            extra[name] = arrays[name].flatten()
-            check(len(extra[name]) == len(x), f"{str(path)!r}: {name} must be {len(x)} groups")
+        fits = y.dtype.kind in "iu" and len(y) == len(groups) == len(x) and y.min(initial=0) >= -1
+        check(fits, f"{form}, and as many groups, not {y.dtype} {len(y)} and {len(groups)}")
+        if f"{part}_groups" in arrays:
+            extra[f"{part}_groups"] = groups
         images.append(x)
-        labels.append(y.astype(np.int64))
-    classes = 1 + max(y.max(initial=-1) for y in labels)
-    return images, labels, [str(i) for i in range(classes)], extra
+        labels.append(y)
+    return images, labels, [], extra
 
 
 IMAGE_ENDINGS = ".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2".split()
@@ -469,13 +452,16 @@ def _image_files(root):
 
     Links are followed; hidden files and folders are left out.
     """
-    check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
-    found = sorted(glob.glob("**", root_dir=root, recursive=True), key=os.path.split)
-    files = [name for name in found if not os.path.isdir(root / name)]
-    names = [name for name in files if Path(name).suffix.lower() in IMAGE_ENDINGS]
+    names, others = [], Counter()
+    for name in sorted(glob.glob("**", root_dir=root, recursive=True)):
+        ending = Path(name).suffix
+        if ending.lower() in IMAGE_ENDINGS:
+            names.append(name)
+        elif not os.path.isdir(root / name):
+            others[ending] += 1
     with user_errors(f"--data-dir {str(root)!r}: rename files, their names must be UTF-8"):
         "".join(names).encode()
-    return names, Counter(Path(name).suffix for name in sorted({*files} - {*names}))
+    return names, others
 
 
 def _list_folder(root, table):
@@ -495,8 +481,7 @@ def _list_folder(root, table):
         place = parts[0] if layout and (not row or parts[0] in part_of) else "train"
         i = part_of.get(row.get("split") or place)
         if i is None:
-            place = parts[0] if len(parts) > 1 else "it"
-            others[f"images in {place}; to use them, move them into train"] += 1
+            others["images outside of train and test; to use them, move them into train"] += 1
             continue
         folder = parts[1] if layout and len(parts) > 2 else None
         files[i].append(name)
@@ -536,10 +521,8 @@ def _read_table(path, names):
     check(known, f"--labels {path!r} needs the columns file and label in line 1, not {columns}")
     rows, names, mistakes = {}, {*names}, []
     for number, row in lines:
-        # Values beyond the last column.
-        if any(row.pop(None, ())):
-            mistakes.append(f"line {number}: more values than columns")
-        row = {key: value.strip() for key, value in row.items()}
+        # None: values beyond the last column.
+        row = {key: value.strip() for key, value in row.items() if key}
         name, split = os.path.normpath(row["file"]), row.get("split") or "train"
         if name not in names:
             mistakes.append(f"line {number}: {name!r} is not an image below --data-dir")
@@ -549,7 +532,7 @@ def _read_table(path, names):
             mistakes.append(f"line {number}: split is {split!r}, not train or test")
         rows[name] = row
     check(not mistakes, "\n".join(f"--labels {path!r}, {line}" for line in mistakes[:20]))
-    labelled = any(row.get("label") for row in rows.values())
+    labelled = any(row["label"] for row in rows.values())
     check(labelled, f"--labels {path!r}: the column label is empty")
     return rows
 
@@ -563,58 +546,50 @@ def no_warnings():
 
 
 @no_warnings()
-def _decode_folder(root, files, cache_dir, image_size, window, fit):
-    """Decode [train, test] files once into a .npy under cache_dir; map it as uint8 [N, 3, S, S].
-
-    S is half as large again as the image size, for the crops, if the files are that large. Returns
-    [train, test] images, the image size and the window.
-    """
-    names, sizes, values = sum(files, []), [], []
-    for name in files[0][:: math.ceil(len(files[0]) / 100)]:
+def _sample_files(root, names):
+    """Of 100 of the files: the sorted sides, and pixels of those with more than 8 bits."""
+    sizes, values = [], []
+    for name in names[:: math.ceil(len(names) / 100)]:
         # Decoding names every broken file.
         with suppress(Exception), Image.open(root / name) as image:
             sizes.append(sorted(image.size))
             if image.mode[0] in "IF":
                 values.append(sample_pixels(np.asarray(image, np.float32), 10**4))
-    window = choose_window(values, window, len(values) > len(sizes) / 2)
-    low, high = np.array(sizes or [(224, 224)]).T
-    note_cropped((low / high).mean(), fit)
-    usual = int(np.median(high if fit == "pad" else low))
-    image_size = image_size or min(224, usual)
-    side = max(image_size, min(image_size * 3 // 2, usual))
-    with user_errors("cannot read an image; fix or delete it", OSError):
+    return sizes or [(224, 224)], values
+
+
+@no_warnings()
+def _decode_folder(root, files, cache_dir, side, window, fit):
+    """Decode [train, test] files once into a file under cache_dir; map it as uint8 [N, 3, S, S].
+
+    UserError names every broken file.
+    """
+    names, broken = sum(files, []), []
+
+    def decode(name):
+        try:
+            return read_image(root / name, side, window, fit).tobytes()
+        except UserError as error:
+            broken.append(f"{error}; fix, convert or delete it")
+
+    failed = f"cannot use {str(root)!r} with --cache-dir {str(cache_dir)!r}"
+    with user_errors(failed, (OSError, ValueError)):
         stats = [os.stat(root / name) for name in names]
-    facts = [str(root.resolve()), side, fit, window, names]
-    facts.append([(stat.st_size, stat.st_mtime_ns) for stat in stats])
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.npy"
-    with user_errors(f"cannot use {str(path)!r} in --cache-dir", (OSError, ValueError)):
+        times = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        facts = json.dumps([str(root.resolve()), side, fit, window, names, times])
+        fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.bin"
         cache_dir.mkdir(parents=True, exist_ok=True)
         # Other runs and ranks wait for the file.
         with filelock.FileLock(f"{path}.lock"):
             if not path.exists():
-                _decode(root, names, path, side, window, fit)
-        images = torch.from_numpy(np.load(path, mmap_mode="r"))
-    return images.split([len(part) for part in files]), image_size, window
-
-
-def _decode(root, names, path, side, window, fit):
-    """Write the decoded images to path, on all cores. UserError names every broken file."""
-
-    def decode(i):
-        try:
-            out[i] = read_image(root / names[i], side, window, fit)
-        except UserError as error:
-            return f"{error}; fix, convert or delete it"
-
-    with atomic_write(path) as file:
-        free, size = shutil.disk_usage(path.parent).free, len(names) * 3 * side**2
-        check(free > size, f"--cache-dir: {size} bytes needed in {str(path.parent)!r}, {free} free")
-        out = np.lib.format.open_memmap(file.name, "w+", np.uint8, (len(names), 3, side, side))
-        lines = prefetch(decode, range(len(names)), os.cpu_count() or 1)
-        lines = tqdm(lines, "decoding", len(names), leave=False, disable=SILENT)
-        broken = [line for line in lines if line]
-        check(not broken, "\n".join(broken))
+                with atomic_write(path) as file:
+                    images = prefetch(decode, names, os.cpu_count())
+                    for image in tqdm(images, "decoding", len(names), leave=False, disable=SILENT):
+                        file.write(image or b"")
+                    check(not broken, "\n".join(sorted(broken)))
+        images = torch.from_numpy(np.memmap(path, np.uint8, "r", shape=(len(names), 3, side, side)))
+    return images.split([len(part) for part in files])
 
 
 def read_image(path, side, window=None, fit="crop"):
@@ -645,8 +620,7 @@ def read_image(path, side, window=None, fit="crop"):
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        resize = dict(crop=ImageOps.fit, pad=ImageOps.pad, stretch=Image.Image.resize)[fit]
-        image = resize(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+        image = square(image.convert("RGB"), side, fit)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -694,15 +668,10 @@ def epoch_order(n, batch_size, seed, epoch):
 
 def batches(images, args, first_step, device):
     """Yield this rank's uint8 batch of every step from first_step to the end, on the device."""
-    first_epoch, done = divmod(first_step, max(1, len(images) // args.batch_size))
-
-    def indices():
-        for epoch in range(first_epoch, args.epochs):
-            order = epoch_order(len(images), args.batch_size, args.seed, epoch)
-            # Once an epoch, so that no step waits for a copy.
-            yield from order[done if epoch == first_epoch else 0 :].to(images.device)
-
-    return take(images, indices(), device)
+    form = len(images), args.batch_size, args.seed
+    # To the device once an epoch, so that no step waits for a copy.
+    orders = (epoch_order(*form, epoch).to(images.device) for epoch in range(args.epochs))
+    return take(images, islice(chain.from_iterable(orders), first_step, None), device)
 
 
 # ---------------------------------------------------------------- encoder and monitors
@@ -722,9 +691,10 @@ def build_encoder(name, image_size, width=64, channels=3):
                 self.inplanes = width
             return super()._make_layer(block, planes * width // 64, *args, **kwargs)
 
-    blocks = dict(resnet10=[1] * 4, resnet18=[2] * 4).get(name, [3, 4, 6, 3])
+    blocks = dict(resnet10=[1] * 4, resnet18=[2] * 4, resnet34=[3, 4, 6, 3], resnet50=[3, 4, 6, 3])
+    check(name in blocks, f"encoder {name} is not one of {', '.join(blocks)}")
     block = resnet.Bottleneck if name == "resnet50" else resnet.BasicBlock
-    encoder = ResNet(block, blocks)
+    encoder = ResNet(block, blocks[name])
     encoder.bn1 = nn.BatchNorm2d(width)
     kernel, stride, padding = (3, 1, 1) if image_size <= 64 else (7, 2, 3)
     encoder.conv1 = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
@@ -733,7 +703,7 @@ def build_encoder(name, image_size, width=64, channels=3):
         encoder.maxpool = nn.Identity()
     encoder.fc = nn.Identity()
     # encoder.pt names only encoders that this function can build again.
-    encoder.architecture = dict(encoder=name, width=width)
+    encoder.architecture = name
     return encoder, 8 * width * block.expansion
 
 
@@ -761,7 +731,7 @@ def load_weights(encoder, init):
     """
     window = None
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-    name = encoder.architecture["encoder"]
+    name = encoder.architecture
     if init == "imagenet":
         from torchvision.models import get_model
 
@@ -778,14 +748,11 @@ def load_weights(encoder, init):
         if stem.shape[1] != channels:
             stem = stem.mean(1, keepdim=True) * (stem.shape[1] / channels)
             state["conv1.weight"] = stem.expand(-1, channels, -1, -1)
-        same = {key for key in own if key in state and state[key].shape == own[key].shape}
-    left = [f"{key} {list(own[key].shape)}" for key in own if key not in same]
-    check(len(left) < len(own) / 2, f"--init {init} does not fit --encoder {name} and --width")
-    encoder.load_state_dict({key: state[key] for key in same}, strict=False)
-    unused = [key for key in state if key not in own and not key.startswith("fc.")]
-    rest = {"; not in it, or of another shape: ": left, "; not used: ": unused}
-    rest = "".join(title + ", ".join(keys[:5]) for title, keys in rest.items() if keys)
-    note(f"--init {init}: loaded {len(same)} of {len(own)} tensors{rest}")
+        same = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    check(len(same) > len(own) / 2, f"--init {init} does not fit --encoder {name} and --width")
+    left = encoder.load_state_dict(same, strict=False).missing_keys
+    unused = [key for key in state if key not in same]
+    note(f"--init {init}: loaded {len(same)} tensors; not loaded {left}, not used {unused[:9]}")
     return mean, std, window
 
 
@@ -798,28 +765,23 @@ def load_encoder(path):
     """
     info = load_torch(path)
     with user_errors(f"{str(path)!r} is not an encoder.pt of these scripts"):
-        name, state = info["encoder"], info.pop("state_dict")
-        other = f"{str(path)!r} holds {name}, which is not one of torchvision's; build {name} "
-        check(info["width"], other + "and give it torch.load(path)['state_dict']")
         size, channels = info["image_size"], len(info["mean"])
-        encoder, _ = build_encoder(name, size, info["width"], channels)
-        encoder.load_state_dict(state)
+        encoder, _ = build_encoder(info["encoder"], size, info["width"], channels)
+        encoder.load_state_dict(info.pop("state_dict"))
     return encoder.eval(), info
 
 
 @no_warnings()
-@torch.no_grad()
 def encode_files(path, files, device="cpu"):
-    """Features [N, feature_dim] float32 of image files by an encoder.pt, decoded as in training."""
+    """Features [N, D] float32 of image files by an encoder.pt, decoded as in training."""
     encoder, info = load_encoder(path)
-    encoder.to(device)
+    size, mean, std = info["image_size"], info["mean"].to(device), info["std"].to(device)
     form, features = [info[key] for key in ("side", "window", "fit")], []
     for start in range(0, len(files), 256):
-        pixels = np.stack([read_image(file, *form) for file in files[start : start + 256]])
-        images = square(torch.from_numpy(pixels), info["image_size"])
-        images = normalize(images, info["mean"], info["std"])
-        features.append(encoder(images.to(device)).cpu())
-    return torch.cat(features).numpy()
+        pixels = [read_image(file, *form) for file in files[start : start + 256]]
+        images = dict(pixels=torch.from_numpy(np.stack(pixels)), size=size, mean=mean, std=std)
+        features.append(embed(encoder.to(device), SimpleNamespace(**images), "pixels"))
+    return np.concatenate(features)
 
 
 def normalize(images, mean, std):
@@ -829,24 +791,17 @@ def normalize(images, mean, std):
 
 
 @torch.no_grad()
-def embed(encoder, images, part, rows=None):
-    """Features [N, D] float32 of rows (unset: all) of images.train or images.test, in eval mode."""
+def embed(encoder, images, part, rows=slice(None)):
+    """Features [N, D] float32 of rows of images.train or images.test, in eval mode."""
     pixels, size = getattr(images, part), images.size
-    rows = torch.arange(len(pixels)) if rows is None else torch.as_tensor(rows)
-    # Some modules of your encoder may be frozen.
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    features = []
+    rows = torch.arange(len(pixels), device=pixels.device)[rows]
+    # A copy, so that modules that you froze stay as they are.
+    encoder, features = copy.deepcopy(encoder).eval(), []
     # 500 images of 224 pixels would take 5 GB.
-    chunks = rows.to(pixels.device).split(max(1, min(500, 2**21 // size**2)))
-    for batch in take(pixels, chunks, images.mean.device):
+    for batch in take(pixels, rows.split(min(500, 2**21 // size**2 + 1)), images.mean.device):
         batch = normalize(square(batch, size), images.mean, images.std)
-        features.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float().cpu())
-    for module, mode in modes:
-        module.training = mode
-    features = torch.cat(features)
-    check_finite(features, "the features are")
-    return features.numpy()
+        features.append(encoder(batch).cpu())
+    return torch.cat(features).numpy()
 
 
 def spread(z):
@@ -864,20 +819,17 @@ def knn_monitor(encoder, images, k):
 
     labels, test_labels = images.train_labels.numpy(), images.test_labels.numpy()
     rows, test_rows = ((part != -1).nonzero()[0] for part in (labels, test_labels))
-    labelled = len(rows) > 1
-    if not labelled:
+    if len(rows) < 2:
         rows = np.arange(0, len(labels), math.ceil(len(labels) / 2048))
+        return dict(effective_rank=effective_rank(embed(encoder, images, "train", rows)))
     train, known = embed(encoder, images, "train", rows), labels[rows]
-    record, groups = dict(effective_rank=effective_rank(train)), None
-    if not labelled:
-        return record
+    record, test, truth, groups = dict(effective_rank=effective_rank(train)), None, known, None
     # More neighbors than a class has images would outvote it.
     most = np.bincount(known).max()
     if len(test_rows):
         test, truth = embed(encoder, images, "test", test_rows), test_labels[test_rows]
     else:
         # Each training image is predicted from those of other groups.
-        test, truth = None, known
         groups = images.extra.get("train_groups", np.arange(len(labels)))[rows]
         others = len(rows) - np.unique(groups, return_counts=True)[1].max()
         most = min(max(1, most - 1), others)
@@ -958,23 +910,22 @@ class Run:
     feeds the loop, `record` follows every step, and `finish` writes the results.
     """
 
-    # Arguments in which a resumed run may differ from its first start.
-    MAY_CHANGE = (
-        "run_dir resume device precision compile deterministic data_dir cache_dir eval_every "
-        "checkpoint_every knn_k track wandb_project labels"
+    # Arguments that the results do not depend on.
+    NOT_KEPT = (
+        "run_dir resume device precision compile deterministic eval_every checkpoint_every knn_k "
+        "track wandb_project"
     ).split()
-    # And these: a run can be ended early or prolonged; unset, the others depend on the epochs.
-    PROLONGED = ("epochs", "warmup_epochs", "ema")
+    # Those that a resumed run may change: paths, and what depends on the number of epochs.
+    MAY_CHANGE = "data_dir cache_dir labels epochs warmup_epochs ema".split()
 
     # In a notebook the process lives on after an error, and may resume the run.
     lock = None
 
-    def __init__(self, method, args, images, view, encoder, network, optimizer, scaler):
+    def __init__(self, method, args, images, encoder, network, optimizer, scaler):
         self.method, self.images, self.encoder = method, images, encoder
-        # What build_encoder needs to make the encoder again, or the name of another class.
-        other = dict(encoder=type(encoder).__name__, width=None)
-        made = getattr(encoder, "architecture", other)
-        self.args = args = replace(args, image_size=images.size, window=images.window, **made)
+        # build_encoder's is named by its architecture, another by its class.
+        name = getattr(encoder, "architecture", type(encoder).__name__)
+        self.args = args = replace(args, image_size=images.size, window=images.window, encoder=name)
         self.state = dict(network=network, optimizer=optimizer, scaler=scaler)
         n, self.device = len(images.train), images.mean.device
         self.steps_per_epoch = n // args.batch_size
@@ -985,12 +936,11 @@ class Run:
         # Sums of loss and spread over the steps of the epoch, on the device.
         self.totals = torch.zeros(2, device=self.device)
         self.stop_signal = 0
-        # The last line of the log, which may be missing there.
-        self.epoch_record = None
-        self.meta = dict(method=method, optimizer=type(optimizer).__name__)
-        self.meta |= {k: v for k, v in asdict(args).items() if k not in self.MAY_CHANGE}
-        # What a resumed run must have in common with its first start.
-        self.facts = dict(self.meta, images=n, view=vars(view))
+        # The lines of log.jsonl. The checkpoint precedes the evaluation of the last one.
+        self.records = []
+        # What embeddings.npz says of the run, and a resumed run must have in common with its start.
+        self.facts = dict(method=method, optimizer=type(optimizer).__name__, images=n)
+        self.facts |= {k: v for k, v in asdict(args).items() if k not in self.NOT_KEPT}
 
         name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(broadcast(args.run_dir or f"runs/{name}"))
@@ -1023,9 +973,9 @@ class Run:
         for key, value in self.facts.items():
             old = checkpoint["facts"].get(key)
             message = f"cannot resume {str(self.dir)!r}: {key} was {old} and is {value}"
-            check(old == value or key in self.PROLONGED, message)
+            check(old == value or key in self.MAY_CHANGE, message)
         self.first_step, self.wandb_id = checkpoint["step"], checkpoint["wandb_id"]
-        self.epoch_record = checkpoint["epoch_record"]
+        self.records = checkpoint["records"]
         self.totals.copy_(checkpoint["totals"])
         for name, module in self.state.items():
             # The scaler's state is empty if the run was not in fp16 before.
@@ -1033,19 +983,12 @@ class Run:
                 module.load_state_dict(checkpoint[name])
 
     def _start(self):
-        """Cut the log at the checkpoint, write args.json, start Weights & Biases."""
+        """Write args.json and the log, start Weights & Biases."""
         import torchvision
 
-        self.log_path = self.dir / "log.jsonl"
-        lines = self.log_path.read_text().splitlines(True) if self.log_path.exists() else []
-        epochs = self.first_step // max(1, self.steps_per_epoch)
-        # A full disk leaves a line without its end.
-        kept = [line for line in lines[:epochs] if line.endswith("\n")]
-        with atomic_write(self.log_path) as file:
-            file.write("".join(kept).encode())
+        cuda = self.device.type == "cuda"
         versions = dict(torch=torch.__version__, torchvision=torchvision.__version__)
         versions["python"] = sys.version.split()[0]
-        cuda = self.device.type == "cuda"
         config = dict(
             method=self.method,
             args=asdict(self.args),
@@ -1064,8 +1007,10 @@ class Run:
         self.tracker = Tracker(
             self.args, self.dir, name=self.dir.name, group=group, config=config, id=self.wandb_id
         )
-        if len(kept) < epochs:
-            self._log_epoch()
+        self._write_log()
+        if self.records and self.first_step % self.steps_per_epoch == 0:
+            # Evaluate the epoch of the checkpoint.
+            self._log()
 
     def draw_views(self, draw):
         """views.png: each row an image, then three pairs of views by draw(images) -> (v1, v2)."""
@@ -1073,7 +1018,7 @@ class Run:
 
         if RANK:
             return
-        seed_draws(self.args.seed, "picture")
+        seed_draws(self.args.seed, "views")
         train = self.images.train
         # At random: the images may be sorted by class.
         sample = train[torch.randperm(len(train))[:8]].to(self.device)
@@ -1101,14 +1046,11 @@ class Run:
         before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         first = self.first_step
         self.epoch_start = time.perf_counter(), first
-        self.bar = tqdm(total=self.steps, initial=first, unit="step", disable=SILENT)
+        steps = batches(self.images.train, self.args, first, self.device)
+        bar = tqdm(steps, total=self.steps, initial=first, unit="step", disable=SILENT)
         try:
-            yield from enumerate(batches(self.images.train, self.args, first, self.device), first)
-            if self.stop_signal and WORLD_SIZE == 1:
-                # The signal came during the last evaluation.
-                self._stop(self.stop_signal)
+            yield from enumerate(bar, first)
         finally:
-            self.bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -1118,7 +1060,6 @@ class Run:
         loss and the embeddings z of one view are tensors on the device, read only now and then.
         """
         self.totals += torch.stack([loss, spread(z)])
-        self.bar.update()
         epoch, i = divmod(step + 1, self.steps_per_epoch)
         # Ranks agree on a signal only now and then; torchrun waits for them for 30 seconds.
         every = 1 if self.device.type == "cpu" else 10 if WORLD_SIZE > 1 else 50
@@ -1130,74 +1071,66 @@ class Run:
             dist.all_reduce(self.totals)
             self.totals /= WORLD_SIZE
         agreed_signal = int(asked)
-        check_finite(self.totals[:1], f"step {step}: the loss is")
+        finite = self.totals[0].isfinite()
+        check(finite, f"step {step}: the loss is not finite; a lower --lr may help")
         if i == 0:
-            self._end_epoch(epoch, step, lr)
+            start, first = self.epoch_start
+            seconds = time.perf_counter() - start
+            speed = (step + 1 - first) * self.args.batch_size / seconds
+            record = dict(epoch=epoch, step=step + 1)
+            record["loss"], record["spread"] = (self.totals / self.steps_per_epoch).tolist()
+            record |= dict(lr=lr, seconds=seconds, samples_per_sec=speed)
+            self.totals.zero_()
+            self.records.append(record)
         due = epoch % self.args.checkpoint_every == 0 or epoch == self.args.epochs
         if agreed_signal or (i == 0 and due):
             self._save(step)
         if agreed_signal:
-            self._stop(agreed_signal)
+            if WORLD_SIZE > 1:
+                # torchrun ends all ranks once one has exited, and rank 0 may still be writing.
+                dist.barrier()
+            if RANK == 0:
+                self.tracker.finish()
+                hint = f"add --run-dir {shlex.quote(str(self.dir))} --resume to the same command"
+                print(f"stopped; to resume, {hint}", file=sys.stderr)
+                self.lock.release()
+            sys.exit(128 + agreed_signal)
         if i == 0:
             # After the checkpoint: the evaluation may take long.
             if RANK == 0:
-                self._log_epoch()
+                self._log()
             self.epoch_start = time.perf_counter(), step + 1
 
-    def _end_epoch(self, epoch, step, lr):
-        loss, spread = (self.totals / self.steps_per_epoch).tolist()
-        self.totals.zero_()
-        start, first = self.epoch_start
-        seconds = time.perf_counter() - start
-        record = dict(epoch=epoch, step=step + 1, loss=loss, spread=spread, lr=lr, seconds=seconds)
-        record["samples_per_sec"] = (step + 1 - first) * self.args.batch_size / seconds
-        if self.state["scaler"].is_enabled():
-            record["scale"] = self.state["scaler"].get_scale()
-        self.epoch_record = record
+    def _write_log(self):
+        with atomic_write(self.dir / "log.jsonl") as file:
+            file.writelines(json.dumps(record).encode() + b"\n" for record in self.records)
 
-    def _log_epoch(self):
-        record, every = self.epoch_record, self.args.eval_every
-        epoch, spread = record["epoch"], record["spread"]
+    def _log(self):
+        """Evaluate, if due, write log.jsonl, print the epoch, send it to Weights & Biases."""
+        record, every = self.records[-1], self.args.eval_every
+        epoch = record["epoch"]
         if epoch == self.args.epochs or (every and epoch % every == 0):
             record |= knn_monitor(self.encoder, self.images, self.args.knn_k)
-        self._log(record)
-        if spread < 0.05:
-            print(f"warning: the embeddings collapse (spread {spread:.3f})", file=sys.stderr)
-
-    def _log(self, record):
-        """Append a record to log.jsonl, print it, and send it to Weights & Biases."""
-        with user_errors(f"cannot write {str(self.log_path)!r}", OSError):
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+        self._write_log()
         shown = ("loss", "samples_per_sec", "effective_rank", "knn_acc")
         values = [f"{key} {record[key]:.4g}" for key in shown if key in record]
-        tqdm.write("  ".join([f"epoch {record['epoch']} of {self.args.epochs}", *values]))
+        tqdm.write("  ".join([f"epoch {epoch} of {self.args.epochs}", *values]))
         # Through a pipe, as on Colab, lines would otherwise appear late.
         sys.stdout.flush()
+        if record.get("spread", 1) < 0.05:
+            text = f"warning: the embeddings collapse (spread {record['spread']:.3f})"
+            print(text, file=sys.stderr)
         self.tracker.log(record)
 
     def _save(self, step):
         if RANK:
             return
         state = {name: module.state_dict() for name, module in self.state.items()}
-        for value in state["network"].values():
-            check_finite(value, f"step {step}: the weights are")
+        finite = all(value.isfinite().all() for value in state["network"].values())
+        check(finite, f"step {step}: the weights are not finite; a lower --lr may help")
         state |= dict(step=step + 1, totals=self.totals, facts=self.facts, wandb_id=self.wandb_id)
-        state["epoch_record"] = self.epoch_record
+        state["records"] = self.records
         save_torch(self.dir / "checkpoint.pt", state)
-
-    def _stop(self, number):
-        """Exit with 130 after Ctrl-C, 143 after SIGTERM; the checkpoint is written."""
-        if WORLD_SIZE > 1:
-            # torchrun ends all ranks once one has exited, and rank 0 may still be writing.
-            dist.barrier()
-        if RANK == 0:
-            self.tracker.finish()
-            where = shlex.quote(str(self.dir))
-            hint = f"add --run-dir {where} --resume to the same command"
-            print(f"stopped; to resume, {hint}", file=sys.stderr)
-            self.lock.release()
-        sys.exit(128 + number)
 
     def finish(self):
         """Write encoder.pt, embeddings.npz and curves.png; return the folder."""
@@ -1209,28 +1142,23 @@ class Run:
         if not args.epochs and not self.first_step:
             # A later --resume compares its arguments.
             self._save(-1)
-            self._log(dict(epoch=0, step=0, **knn_monitor(self.encoder, images, args.knn_k)))
+            self.records = [dict(epoch=0, step=0)]
+            self._log()
         arrays = dict(images.extra, class_names=np.array(images.class_names, np.str_))
         for part in ("train", "test"):
-            arrays[f"{part}_features"] = features = embed(self.encoder, images, part)
+            arrays[f"{part}_features"] = embed(self.encoder, images, part)
             arrays[f"{part}_labels"] = getattr(images, f"{part}_labels").numpy()
-        keys = "data_dir cache_dir labels".split()
-        meta = self.meta | {key: getattr(args, key) for key in keys}
         with atomic_write(self.dir / "embeddings.npz") as file:
-            np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
-        keys = "encoder width image_size window fit".split()
+            np.savez(file, **arrays, meta=np.array(json.dumps(self.facts)))
         content = dict(
-            {key: getattr(args, key) for key in keys},
+            self.facts,
             side=images.train.shape[3],
-            feature_dim=features.shape[1],
             mean=images.mean.cpu(),
             std=images.std.cpu(),
-            class_names=images.class_names,
-            state_dict={k: v.cpu().contiguous() for k, v in self.encoder.state_dict().items()},
+            state_dict={k: v.cpu() for k, v in self.encoder.state_dict().items()},
         )
         save_torch(self.dir / "encoder.pt", content)
-        records = [json.loads(line) for line in self.log_path.read_text().splitlines()]
-        draw_curves(self.dir / "curves.png", records)
+        draw_curves(self.dir / "curves.png", self.records)
         self.tracker.log({name: self.dir / f"{name}.png" for name in ("curves", "views")})
         self.tracker.finish()
         self.lock.release()
@@ -1258,11 +1186,11 @@ class Tracker:
     @contextmanager
     def _failures(self):
         try:
-            yield
-        except Exception as error:
+            with user_errors("note: Weights & Biases failed; continuing without it"):
+                yield
+        except UserError as error:
             self.run = None
-            text = f"note: Weights & Biases failed ({one_line(error)}); continuing without it"
-            print(text, file=sys.stderr)
+            print(error, file=sys.stderr)
 
     def log(self, record):
         """Log a dict of numbers and paths of pictures.

@@ -44,16 +44,12 @@ def script(monkeypatch, capsys):
         "simclr --weight-decay -0.1",
         "simclr --warmup-epochs -1",
         "simclr --width 8",
-        "simclr --image-size 2",
         "simclr --projection-layers -1",
-        "simclr --hidden-dim 0",
-        "simclr --projection-dim 0",
         "simclr --eval-every -1",
         "simclr --checkpoint-every 0",
         "simclr --knn-k 0",
         "simclr --resume",
         "simclr --precision fp16",
-        "simclr --temperature 0",
         "byol --ema 1.1",
         "byol --ema nan",
         "barlow_twins --lambd -0.1",
@@ -166,6 +162,5 @@ def test_pasted_cell_ignores_the_argv_of_colab(monkeypatch):
 def test_note_on_a_cpu_with_bf16_units(monkeypatch, capsys, units):
     """--precision auto stays float32 on a CPU, and names bf16 and its gain where it is fast."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     _, amp_dtype = common.set_up(common.resolve(simclr.Args(device="cpu"), simclr.RECIPES))
-    assert amp_dtype is None and ("bf16 is up to 1.8 times" in capsys.readouterr().out) == units
+    assert amp_dtype is None and ("bf16 is 1.8 times" in capsys.readouterr().out) == units

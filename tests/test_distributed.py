@@ -176,7 +176,7 @@ def test_torchrun_sigterm_and_resume_on_one_process(tiny, photos, tmp_path, run_
     epochs = [record["epoch"] for record in read_log(tmp_path / "run")]
     assert epochs == list(range(1, (step + 6) // 3 + 1))
     assert json.loads((tmp_path / "run" / "args.json").read_text())["processes"] == 1
-    assert len([*(tmp_path / "cache").glob("*.npy")]) == 1
+    assert len([*(tmp_path / "cache").glob("*.bin")]) == 1
 
 
 def test_torchrun_prints_an_error_once(tiny, tmp_path):

@@ -127,7 +127,6 @@ def test_run_learns_without_waiting(method, watched_run, monkeypatch, precision)
         folder = watched_run(method, run_dir=f"compile-{compile}", **changes)
         log = read_log(folder)
         assert np.isfinite([line["loss"] for line in log]).all() and log[-1]["spread"] > 0.05
-        assert ("scale" in log[0]) == (precision == "fp16")
         first.append(log[0]["loss"])
         state = torch.load(folder / "checkpoint.pt")["network"]
         assert not any(key.startswith(("module.", "_orig_mod.")) for key in state)

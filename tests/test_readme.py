@@ -166,8 +166,7 @@ def test_run_folder_and_log_keys(finished):
     arrays = set("embeddings.npz train_files test_files train_groups test_groups".split())
     assert set(rows["embeddings.npz"]) == {*np.load(folder / "embeddings.npz"), *arrays}
     keys = re.findall(r"`(\w+)`", text.split("`log.jsonl` has")[1])
-    # scale: in fp16 only.
-    assert sorted(keys) == sorted([*read_log(folder)[-1], "scale"])
+    assert sorted(keys) == sorted(read_log(folder)[-1])
 
 
 def test_numbered_details_name_code_that_exists():
