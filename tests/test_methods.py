@@ -462,13 +462,13 @@ def test_another_encoder_trains_resumes_and_is_named(method, resumed, monkeypatc
         encoder[1].eval()
         return encoder, 4
 
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "build_encoder", partly_frozen)
-        path = resumed(method, eval_every=1) / "encoder.pt"
+    monkeypatch.setattr(common, "build_encoder", partly_frozen)
+    path = resumed(method, eval_every=1).resolve() / "encoder.pt"
     content = torch.load(path)
     Small().load_state_dict(content["state_dict"])
     assert not content["state_dict"]["1.num_batches_tracked"]
     assert content["encoder"] == "Small"
+    monkeypatch.undo()
     with pytest.raises(common.UserError, match="encoder Small is not one of resnet10"):
         common.load_encoder(path)
 
