@@ -1,8 +1,9 @@
-"""What the tests share: tiny data and runs, the command line in this process, stops, one_graph."""
+"""What the tests share: tiny data and runs, the command line in this process, stops."""
 
 import importlib
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -18,12 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from PIL import Image
-from torch._dynamo.backends.common import aot_autograd
-from torch._ops import OpOverload
 
 import common
+import simclr
 
 # The same sums in the same order on every machine.
 torch.set_num_threads(1)
@@ -38,13 +37,6 @@ METHODS = list(LOSS)
 # 96 images of 8 x 8 pixels in 3 steps an epoch: an epoch takes a tenth of a second.
 TINY = dict(dataset="npz", device="cpu", width=16, hidden_dim=16, projection_dim=16, batch_size=32)
 TINY |= dict(epochs=3, lr=0.05, warmup_epochs=1.0, eval_every=0, knn_k=5, checkpoint_every=1)
-
-# Methods of a tensor that read its values, and operators that need them on the host.
-READS = "item tolist cpu numpy __bool__ __float__ __int__ __index__ __array__ __contains__".split()
-WAITS = (
-    "_local_scalar_dense nonzero nonzero_static masked_select is_nonzero equal unique_dim _unique2 "
-    "unique_consecutive bincount repeat_interleave"
-).split()
 
 
 def flags(**values):
@@ -80,47 +72,22 @@ def read_log(folder):
 
 
 def at_step(monkeypatch, chosen, action):
-    """Call action() while this step is under way."""
+    """Call action(), or raise that signal, while this step is under way."""
     record = common.Run.record
 
     def recording(run, step, *rest):
         if step == chosen:
-            action()
+            action() if callable(action) else signal.raise_signal(action)
         record(run, step, *rest)
 
     monkeypatch.setattr(common.Run, "record", recording)
 
 
-def waits(operator, args):
-    """Whether the host waits for the device in an ATen operator of tensors or graph nodes."""
-    name = operator.overloadpacket.__name__
-    indices = args[1] if name in ("index", "index_put", "index_put_") else []
-    tensors = [i.meta["val"] if hasattr(i, "meta") else i for i in indices if i is not None]
-    return name in WAITS or any(tensor.dtype == torch.bool for tensor in tensors)
-
-
 def one_graph(function):
-    """Compile as one graph, forward and backward; raises where the host would wait in it.
-
-    fullgraph alone is not enough: it traces .item() and boolean masks into the graph.
-    """
-
-    def inspect(graph, inputs):
-        for node in graph.graph.nodes:
-            reads = node.op == "call_method" and node.target in READS
-            operator = isinstance(node.target, OpOverload)
-            waiting = reads or (operator and waits(node.target, node.args))
-            assert not waiting, f"waits: {node.target}"
-        return make_boxed_func(graph.forward)
-
-    def backend(graph, inputs):
-        # The Python as written, then the operators that it comes down to.
-        inspect(graph, inputs)
-        return aot_autograd(fw_compiler=inspect)(graph, inputs)
-
+    """Compile as one graph, forward and backward."""
     # The compiler gives up on a line that it has compiled too often.
     torch.compiler.reset()
-    return torch.compile(function, fullgraph=True, backend=backend)
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -189,12 +156,16 @@ def finished(tiny, tmp_path_factory):
 
 @pytest.fixture
 def run_cli(monkeypatch, capsys):
-    """run_cli(module, *words): a command in this process -> status, out, err, warnings."""
+    """run_cli(module, *words, **values): a command in this process -> out, err, warnings.
 
-    def run(module, *words):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    It ends with `status` and prints the words of `says`; status 2 prints only `lines` error lines.
+    """
+
+    def run(module, *words, status=0, says=(), lines=1, **values):
+        words = map(str, [*flags(**values), *words])
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
         capsys.readouterr()
-        status = 0
+        found = 0
         # pytest would hide the warnings that a user sees on stderr.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
@@ -203,17 +174,36 @@ def run_cli(monkeypatch, capsys):
             try:
                 common.cli(module.Args, module.main, getattr(module, "RECIPES", None))
             except SystemExit as end:
-                status = end.code
+                found = end.code
         out, err = capsys.readouterr()
+        shown = err if status else out + err
+        assert found == status and all(word in shown for word in says), (found, out, err)
+        if status == 2:
+            assert [line[:7] for line in err.splitlines()] == ["error: "] * lines, err
         messages = [str(warning.message) for warning in caught]
-        return SimpleNamespace(status=status, out=out, err=err, warnings=messages)
+        return SimpleNamespace(out=out, err=err, warnings=messages)
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "a run"
+
+
+@pytest.fixture
+def train(run_cli, tiny, folder):
+    """train(module, **changes): the command line of a tiny run in `folder`."""
+
+    def run(module=simclr, **changes):
+        return run_cli(module, **tiny(**{"run_dir": folder, **changes}))
 
     return run
 
 
 @pytest.fixture
 def refused(run_cli, monkeypatch, tmp_path):
-    """refused(module, *words, says=(...)): only `lines` error lines with these words; no file."""
+    """refused(module, ...): run_cli with an error that leaves no file."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -227,16 +217,9 @@ def refused(run_cli, monkeypatch, tmp_path):
     def contents():
         return {path: facts(path) for path in tmp_path.rglob("*")}
 
-    def run(module, *words, says=(), status=2, lines=1):
+    def run(module, *words, **values):
         before = contents()
-        result = run_cli(module, *words)
-        errors = result.err.splitlines()
-        assert result.status == status and not result.warnings, result
-        assert len(errors) == lines, result.err
-        assert all(line.startswith("error: ") for line in errors), result.err
-        missing = [word for word in says if word not in result.err]
-        assert not missing, (missing, result.err)
-        assert contents() == before
-        return result
+        result = run_cli(module, *words, status=2, **values)
+        assert contents() == before and not result.warnings, result
 
     return run

@@ -1,10 +1,8 @@
-"""The losses against naive float64 loops, finite differences, and zeros."""
+"""The losses against naive float64 loops, half precision, and zeros."""
 
 import pytest
 import torch
-from conftest import one_graph
 from torch import nn
-from torch.autograd import gradcheck
 
 from barlow_twins import barlow_twins_loss
 from byol import byol_loss, ema_update
@@ -79,27 +77,25 @@ def test_value_and_gradient_equal_naive_loop(losses, n):
     torch.testing.assert_close(gradients, wanted, rtol=1e-6, atol=1e-9)
 
 
-def test_loss_passes_gradcheck(losses):
-    """The gradient is that of finite differences."""
-    assert gradcheck(losses[0], draw(1, n=5, d=4))
-
-
+@pytest.mark.parametrize("device", ["cpu", "cuda"][: 1 + torch.cuda.is_available()])
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_loss_is_float32_under_autocast(losses, dtype):
-    """Half precision in: computed in float32, with a gradient of the input's dtype."""
-    inputs = draw(2, dtype=dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = losses[0](*inputs)
-    assert value.dtype == torch.float32
-    expected = losses[1](*(z.detach().double() for z in inputs))
-    torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=1e-6)
+def test_loss_and_gradient_equal_float64(losses, dtype, autocast, device):
+    """In float32 without TF32, which would be off by 1e-3; the gradient in the input's dtype."""
+    inputs = [z.detach().to(dtype) for z in draw(n=256, d=128)]
+    ours = [z.to(device, copy=True).requires_grad_() for z in inputs]
+    theirs = [z.double().requires_grad_() for z in inputs]
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        value = losses[0](*ours)
+    expected = losses[0](*theirs)
+    assert value.dtype == torch.float32 and value.device.type == device
+    torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     value.backward()
-    assert all(z.grad.dtype == dtype and torch.isfinite(z.grad).all() for z in inputs)
-
-
-def test_loss_is_one_graph(losses):
-    """One compiled graph: the host never waits, no shape depends on values."""
-    torch.testing.assert_close(one_graph(losses[0])(*draw(5)), losses[0](*draw(5)))
+    expected.backward()
+    bound = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+    for a, b in zip(ours, theirs):
+        error = (a.grad.cpu().double() - b.grad).abs().max()
+        assert a.grad.dtype == dtype and error < bound * b.grad.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -112,11 +108,10 @@ def test_zero_row_and_dead_feature_give_no_nan(losses, dtype):
     assert torch.isfinite(value) and not z1.grad.isnan().any()
 
 
-@pytest.mark.parametrize("update", [ema_update, one_graph(ema_update)])
-def test_ema_update_is_in_place_and_exact(update):
-    """target <- ema * target + (1 - ema) * online, in the same memory; also as one graph."""
+def test_ema_update_is_in_place_and_exact():
+    """target <- ema * target + (1 - ema) * online, in the same memory."""
     target, online = nn.Linear(5, 3), nn.Linear(5, 3)
     pairs = [(p.detach(), q.detach()) for p, q in zip(target.parameters(), online.parameters())]
     expected = [0.7 * p + 0.3 * q for p, q in pairs]
-    update(target, online, 0.7)
+    ema_update(target, online, 0.7)
     torch.testing.assert_close([p for p, _ in pairs], expected)

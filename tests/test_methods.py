@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LOSS, METHODS, READS, ROOT, at_step, one_graph, waits
+from conftest import LOSS, METHODS, ROOT, at_step, one_graph
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -27,7 +27,7 @@ import simclr
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 VIEW = simclr.View(
-    (0.2, 1.0), 0.5, 10, 0.1, 0.1, 0.5, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0.2, 0.2), 0.1
+    (0.2, 1.0), 0.5, 10, 0.1, 0.1, 0.5, (0.4,) * 4, 0.8, 0.2, (0.5, 0.5), (0.2, 0.2), 0.1, 0.5
 )
 
 
@@ -47,9 +47,9 @@ def build(module, encoder=None, feature_dim=4, layers=2):
 
 
 def own(module):
-    """The method's own arguments of train_step, from the recipe of the digits."""
+    """The method's own arguments of train_step: half of those of the digits, not its defaults."""
     recipe, names = module.RECIPES["digits"], inspect.signature(module.train_step).parameters
-    return {name: recipe[name] for name in names if name in recipe and name != "lr"}
+    return {name: recipe[name] / 2 for name in names if name in recipe and name != "lr"}
 
 
 def draw():
@@ -243,23 +243,10 @@ def test_batchnorm_sees_both_views_in_simclr_only(method):
     assert torch.allclose(z1, with_other_v2, atol=1e-5) == (method is not simclr)
 
 
-def test_byol_target_is_frozen_and_follows_ema_through_train_step():
-    """Without gradient, the average of the online weights with the decay of every step."""
-    network = build(byol)
-    optimizer = byol.make_optimizer(network, 0.0)
-    expected = [p.detach().clone() for p in network.online.parameters()]
-    for ema in (0.5, 0.9, 0.99):
-        byol.train_step(network, optimizer, SCALER, *draw(), 0.1, ema)
-        online = zip(expected, network.online.parameters())
-        expected = [ema * e + (1 - ema) * p.detach() for e, p in online]
-    target = list(network.target.parameters())
-    assert not any(p.requires_grad for p in target)
-    torch.testing.assert_close(target, expected)
-
-
 def test_byol_forward():
     """Each view's prediction; the target's embeddings have no gradient, and are of train mode."""
     network, views = build(byol), draw()
+    assert not any(p.requires_grad for p in network.target.parameters())
     for tensor in (*network.target.parameters(), *network.target.buffers()):
         tensor.data += 1
     *found, z1 = network(*views)
@@ -297,14 +284,14 @@ def test_train_step_equals_a_step_by_hand(method, amp_dtype):
     torch.testing.assert_close(network.state_dict(), twin.state_dict())
 
 
-@pytest.mark.parametrize("view, size", [(VIEW, 12), (VIEW, 96), (simclr.OVERHEAD_VIEW, 12)])
-def test_two_views_are_one_graph_for_all_batches(view, size):
+@pytest.mark.parametrize("size", [12, 96])
+def test_two_views_are_one_graph_for_all_batches(size):
     """Compiled with fullgraph, in every op, once: the host never waits."""
     torch._dynamo.utils.counters.clear()
     compiled, mean = one_graph(simclr.two_views), torch.rand(3, 1, 1)
     for _ in range(3):
         images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-        v1, v2 = compiled(images, view, size, mean, 1 + mean)
+        v1, v2 = compiled(images, VIEW, size, mean, 1 + mean)
         assert v1.shape == (8, 3, size, size) and not torch.equal(v1, v2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -341,6 +328,14 @@ def test_train_step_on_fake_cuda_tensors(method, monkeypatch):
 # ---------------------------------------------------------------- the loop never waits
 
 
+# Methods of a tensor that read its values, and operators that need them on the host.
+READS = "item tolist cpu numpy __bool__ __float__ __int__ __index__ __array__ __contains__".split()
+WAITS = (
+    "_local_scalar_dense nonzero nonzero_static masked_select is_nonzero equal unique_dim _unique2 "
+    "unique_consecutive bincount repeat_interleave"
+).split()
+
+
 class NoReads(TorchFunctionMode):
     """Refuses Python calls that read a tensor; most leave no operator on a CPU."""
 
@@ -355,7 +350,10 @@ class NoWaits(TorchDispatchMode):
     """Refuses operators that wait, also inside of other operators and the optimizer."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert not waits(function, args), f"the loop waits: {function}"
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        masked = any(index is not None and index.dtype == torch.bool for index in indices)
+        assert name not in WAITS and not masked, f"the loop waits: {name}"
         return function(*args, **(kwargs or {}))
 
 
@@ -422,7 +420,7 @@ def resumed(tiny, small, monkeypatch):
         args = [module.Args(**tiny(run_dir=name, resume=True, **changes)) for name in "ab"]
         whole = module.main(args[0])
         # A resumed run does not arrive at this step again.
-        at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(monkeypatch, 4, signal.SIGTERM)
         with pytest.raises(SystemExit, match="143"):
             module.main(args[1])
         folder = module.main(args[1])
@@ -433,22 +431,11 @@ def resumed(tiny, small, monkeypatch):
     return run
 
 
-class LARS(torch.optim.SGD):
-    """The gradient of each tensor is scaled by norm(weights) / norm(gradient), at most 1."""
-
-    @torch.no_grad()
-    def step(self):
-        for p in self.param_groups[0]["params"]:
-            p.grad *= (p.norm() / (p.grad.norm() + 1e-9)).clamp(max=1)
-        super().step()
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, LARS])
-def test_another_optimizer_trains_and_resumes(resumed, monkeypatch, optimizer):
+def test_another_optimizer_trains_and_resumes(resumed, monkeypatch):
     """Any optimizer in the place of make_optimizer's."""
 
     def make_optimizer(network, weight_decay):
-        return optimizer(network.parameters(), 0.01, weight_decay=weight_decay)
+        return torch.optim.AdamW(network.parameters(), 0.01, weight_decay=weight_decay)
 
     monkeypatch.setattr(simclr, "make_optimizer", make_optimizer)
     resumed(simclr)
@@ -473,7 +460,7 @@ def test_another_encoder_trains_resumes_and_is_named(method, resumed, monkeypatc
         common.load_encoder(path)
 
 
-def test_unknown_encoder_is_a_user_error(method, tiny):
+def test_unknown_encoder_is_a_user_error(tiny):
     """In Python, too, a misspelled name gives one line."""
     with pytest.raises(common.UserError, match="encoder vit is not one of resnet10"):
-        method.main(method.Args(**tiny(encoder="vit")))
+        simclr.main(simclr.Args(**tiny(encoder="vit")))

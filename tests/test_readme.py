@@ -28,13 +28,18 @@ import byol
 import common
 import simclr
 
+
+def flat(text):
+    """On one line."""
+    return " ".join(text.split())
+
+
 README = (ROOT / "README.md").read_text()
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = FENCED.findall(README)
 TEXT = FENCED.sub("", README)
-INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", TEXT)]
+INLINE = [*map(flat, re.findall(r"`([^`]+)`", TEXT))]
 SCRIPTS = [*METHODS, "knn_eval"]
-FIRST, TESTS = (code.strip() for language, code in BLOCKS if language == "bash")
 
 
 def commands():
@@ -88,15 +93,6 @@ def test_flags_exist():
         fields = [importlib.import_module(s).Args.__dataclass_fields__ for s in SCRIPTS]
         assert any(name in names for names in fields), flag
         assert not values or any(parses(f"{s}.py", [flag, *values]) for s in SCRIPTS), code
-
-
-def test_ci_runs_the_first_command_and_the_tests():
-    """.ci/run takes both from below their headings."""
-    headings = re.findall(r'\$\(block "## (.*)"\)', (ROOT / ".ci/run").read_text())
-    found = [FENCED.search(section(heading)).groups() for heading in headings]
-    assert found == [("bash", f"{FIRST}\n"), ("bash", f"{TESTS}\n")]
-    assert FIRST.endswith("pip install -r requirements.txt && python simclr.py")
-    assert "-m pytest" in TESTS
 
 
 def test_copying_example_runs_without_common(tmp_path):
@@ -208,7 +204,7 @@ def test_figures_are_recorded():
     methods = [name for name in METHODS if recorded("digits-cpu", name)]
     assert len(methods) >= 3
     for name in methods:
-        text = " ".join(importlib.import_module(name).__doc__.split())
+        text = flat(importlib.import_module(name).__doc__)
         runs = recorded("digits-cpu", name)
         few, full = (100 * mean(run["labels"][n] for run in runs) for n in ("1", "all"))
         assert len(runs) == 3
@@ -221,7 +217,8 @@ def test_figures_are_recorded():
     speed = json.loads((ROOT / "benchmarks/results/throughput-cpu.json").read_text())["methods"]
     faster = [speed[name]["ratios"]["step/lightly tuned"]["ratio"] for name in methods]
     says = "is {:.1f} (SimCLR), {:.1f} (BYOL) and {:.1f} (Barlow Twins) times as fast"
-    assert says.format(*faster) in " ".join(TEXT.split())
+    text = flat(TEXT)
+    assert says.format(*faster) in text
     lines = map(json.loads, (ROOT / "benchmarks/results/versus-lightly-cpu.jsonl").open())
     found = {(line["method"], line["side"], line["seed"]): line for line in lines}
     a, b, c, d = (
@@ -229,7 +226,6 @@ def test_figures_are_recorded():
         for arm in ("arm A", "arm B")
         for name in ("simclr", "byol")
     )
-    text = " ".join(TEXT.split())
     same = f"({a:+.1f} and {b:+.1f} points, 5 seeds".replace("-0.0", "0.0")
     assert f"equal in lightly's recipe {same}" in text
     assert f"{c:.1f} and {d:.1f} points better in ours" in text
@@ -237,7 +233,7 @@ def test_figures_are_recorded():
         found[name, "update", 1]["difference"] for name in ("barlow_twins", "byol", "simclr")
     ]
     says = "by {:.3f} (Barlow Twins) and {:.3f} (BYOL) of the update, and by {:.3f} for SimCLR"
-    text = " ".join((ROOT / "benchmarks/README.md").read_text().split())
+    text = flat((ROOT / "benchmarks/README.md").read_text())
     assert says.format(*updates) in text
     assert f"one forward they differ by {found['simclr', 'update', 1]['one_forward']:.3f}" in text
     runs = json.loads((ROOT / "benchmarks/results/suspects-cpu.json").read_text())["runs"]
@@ -248,7 +244,7 @@ def test_figures_are_recorded():
 
 def test_cost_of_the_loss_on_several_processes():
     """FLOPs and memory for 8 processes and 128 dimensions."""
-    text, n = " ".join(section("Resume, precision, several processes, W&B").split()), 4096
+    text, n = flat(section("Resume, precision, several processes, W&B")), 4096
     loss = 24 * n**2 * 128
     assert f"takes each of 8 processes {loss / 1e9:.0f} GFLOP" in text
     for name, size, limit in (("resnet18", 32, "27,000"), ("resnet50", 224, "198,000")):

@@ -9,10 +9,9 @@ import struct
 import sys
 
 import pytest
-from conftest import at_step, flags, read_log
+from conftest import at_step, read_log
 
 import knn_eval
-import simclr
 
 wandb = pytest.importorskip("wandb")
 pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
@@ -68,14 +67,11 @@ def private(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-def test_track_logs_config_epochs_and_pictures(run_cli, tiny, method, finished, tmp_path):
+def test_track_logs_config_epochs_and_pictures(train, finished, folder):
     """Config, group, each record of log.jsonl at its step, and the pictures; training is equal."""
-    folder, name = tmp_path / "run", method.__name__
-    words = flags(**tiny(run_dir=folder, track=True, wandb_project="proj"))
-    result = run_cli(method, *words)
-    assert result.status == 0 and not result.err, result
+    assert not train(track=True, wandb_project="proj").err
     ((run, config, history),) = read_back(folder)
-    assert (run.project, run.run_group, run.display_name) == ("proj", f"{name}-npz", "run")
+    assert (run.project, run.run_group, run.display_name) == ("proj", "simclr-npz", folder.name)
     saved = json.loads((folder / "args.json").read_text())
     assert saved.items() <= config.items() and run.run_id == saved["wandb_id"]
     rows = [row for row in history if "epoch" in row]
@@ -83,18 +79,17 @@ def test_track_logs_config_epochs_and_pictures(run_cli, tiny, method, finished, 
         assert row["_step"] == record["step"] and record.items() <= row.items()
     pictures = (folder / "wandb").glob("offline-run-*/files/media/images/*.png")
     assert sorted(path.name.split("_")[0] for path in pictures) == ["curves", "views"]
-    same = finished(name) / "embeddings.npz"
+    same = finished("simclr") / "embeddings.npz"
     assert (folder / "embeddings.npz").read_bytes() == same.read_bytes()
 
 
-def test_resume_continues_the_wandb_run(run_cli, tiny, tmp_path, monkeypatch):
+def test_resume_continues_the_wandb_run(train, folder, monkeypatch):
     """A resumed run has the id of the stopped one, and logs the epochs that are left."""
-    words = flags(**tiny(run_dir=tmp_path / "run", track=True))
     with monkeypatch.context() as patch:
-        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
-        assert run_cli(simclr, *words).status == 130
-    assert run_cli(simclr, *words, "--resume").status == 0
-    first, second = read_back(tmp_path / "run")
+        at_step(patch, 4, signal.SIGINT)
+        train(track=True, status=130)
+    train(track=True, resume=True)
+    first, second = read_back(folder)
     assert first[0].run_id == second[0].run_id
     epochs = [
         [row["epoch"] for row in history if "epoch" in row] for *_, history in (first, second)
@@ -105,8 +100,7 @@ def test_resume_continues_the_wandb_run(run_cli, tiny, tmp_path, monkeypatch):
 def test_knn_eval_track_logs_chosen_k(run_cli, finished, tmp_path):
     """knn_eval.py --track logs the accuracy of each k and the chosen k."""
     words = [finished("simclr"), "--ks", "1", "5", "20", "--output", tmp_path, "--track"]
-    result = run_cli(knn_eval, *words)
-    assert result.status == 0 and "note:" not in result.err, result
+    assert "note:" not in run_cli(knn_eval, *words).err
     ((run, config, history),) = read_back(tmp_path)
     assert run.project == "ssl" and config["ks"] == [1, 5, 20]
     (known,) = json.loads((tmp_path / "knn.json").read_text())["results"]
@@ -130,7 +124,7 @@ class Broken:
 
 # A run of 3 epochs logs 4 times, then finishes.
 @pytest.mark.parametrize("fails", ["import", "init", 0, 2, 4])
-def test_wandb_fails(run_cli, tiny, finished, tmp_path, monkeypatch, fails):
+def test_wandb_fails(train, finished, folder, monkeypatch, fails):
     """W&B that fails at its import, start, log or finish is one note, and training is equal."""
     run = Broken(fails)
 
@@ -142,16 +136,8 @@ def test_wandb_fails(run_cli, tiny, finished, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(wandb, "init", start)
     if fails == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
-    result = run_cli(simclr, *flags(**tiny(run_dir=tmp_path / "run", track=True)))
-    assert result.status == 0 and len(result.err.splitlines()) == 1, result
-    assert result.err.startswith("note: Weights & Biases failed")
+    (line,) = train(track=True).err.splitlines()
+    assert line.startswith("note: Weights & Biases failed")
     assert run.calls == (fails + 1 if isinstance(fails, int) else 0)
-    written, whole = tmp_path / "run" / "embeddings.npz", finished("simclr") / "embeddings.npz"
+    written, whole = folder / "embeddings.npz", finished("simclr") / "embeddings.npz"
     assert written.read_bytes() == whole.read_bytes()
-
-
-def test_wandb_is_not_imported_without_track(run_cli, tiny, tmp_path, monkeypatch):
-    """A run without --track needs no wandb; `test_cli.py` sees that the files' imports skip it."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    result = run_cli(simclr, *flags(**tiny(run_dir=tmp_path / "run", epochs=1)))
-    assert result.status == 0 and not result.err, result
