@@ -14,12 +14,12 @@ on a CPU, and PyTorch searches on a GPU. README.md, section kNN evaluation, expl
 
 import copy
 import csv
-import functools
-import io
 import json
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ import tyro
 from scipy.stats import binomtest, entropy
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
-from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils import check_array, check_consistent_length, gen_batches
 from tqdm import tqdm
 
 # Queries searched at a time: on a GPU, 512 x 1.28 million float64 distances take 5 GB.
@@ -68,6 +68,8 @@ def knn_sweep(
     Predictions ("uniform") equal those of scikit-learn's KNeighborsClassifier, except
     where training points of different labels at the same distance straddle k.
     """
+    if metric not in ("cosine", "euclidean") or vote not in ("uniform", "softmax"):
+        raise ValueError(f"unknown metric {metric!r} or vote {vote!r}")
     check_consistent_length(train_features, train_labels)
     n, own, ks = len(train_features), None, sorted(set(ks))
     if test_features is None:
@@ -81,11 +83,15 @@ def knn_sweep(
     predictions = {k: np.empty(len(test_features), classes.dtype) for k in ks}
     shares = {k: np.empty(len(test_features)) for k in ks}
     chunks = nearest(train_features, test_features, ks[-1], metric, device, groups, own)
+    # A uniform vote is the softmax of infinite temperature.
+    temperature = temperature if vote == "softmax" else np.inf
     for rows, distances, neighbors in chunks:
-        weights, ids = _vote_weights(distances, vote, temperature), train_ids[neighbors]
-        votes = np.zeros((len(rows), len(classes)))
+        # Relative to the nearest neighbor, against underflow.
+        weights = np.exp((distances[:, :1] ** 2 - distances**2) / 2 / temperature)
+        ids = train_ids[neighbors]
+        votes = np.zeros((len(ids), len(classes)))
         for k in range(1, ks[-1] + 1):
-            votes[np.arange(len(rows)), ids[:, k - 1]] += weights[:, k - 1]
+            votes[np.arange(len(ids)), ids[:, k - 1]] += weights[:, k - 1]
             if k in predictions:
                 predictions[k][rows] = classes[votes.argmax(axis=1)]
                 shares[k][rows] = votes.max(axis=1) / votes.sum(axis=1)
@@ -95,11 +101,9 @@ def knn_sweep(
 def nearest(train, queries, k, metric="cosine", device=None, groups=None, own=None):
     """Yield the k nearest training features [N, D] of queries [M, D], nearest first, in chunks.
 
-    A chunk is rows [m] of the queries, distances [m, k], neighbors [m, k]. Given the groups [N] of
+    A chunk is a slice of the queries, distances [m, k], neighbors [m, k]. Given the groups [N] of
     the training points and the group of each query, own [M], neighbors are of other groups.
     """
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"unknown metric {metric!r}")
     train, queries = (check_array(x, dtype=FLOATS, order="C") for x in (train, queries))
     if metric == "cosine":
         train, queries = normalize(train), normalize(queries)
@@ -109,9 +113,8 @@ def nearest(train, queries, k, metric="cosine", device=None, groups=None, own=No
         search = NearestNeighbors(algorithm="brute").fit(train).kneighbors
     else:
         search = _torch_search(train, device)
-    starts = range(0, len(queries), CHUNK)
-    for start in tqdm(starts, "neighbors", leave=False, delay=5, disable=None):
-        rows = np.arange(start, min(start + CHUNK, len(queries)))
+    chunks = [*gen_batches(len(queries), CHUNK)]
+    for rows in tqdm(chunks, "neighbors", leave=False, delay=5, disable=None):
         distances, neighbors = search(queries[rows], k + extra)
         if own is not None:
             # The query's own group goes last.
@@ -140,16 +143,6 @@ def _torch_search(train, device):
     return search
 
 
-def _vote_weights(distances, vote, temperature):
-    """Weight of each neighbor's vote [m, k], given its distance."""
-    if vote == "softmax":
-        # Relative to the nearest neighbor, against underflow.
-        return np.exp((distances[:, :1] ** 2 - distances**2) / 2 / temperature)
-    if vote == "uniform":
-        return np.ones_like(distances)
-    raise ValueError(f"unknown vote {vote!r}")
-
-
 def effective_rank(features):
     """RankMe (arXiv:2210.02885): exp of the entropy of the normalized singular values.
 
@@ -167,14 +160,10 @@ def whiten(train, test, ridge=0.01):
 
     ridge times the mean variance is added to each variance.
     """
-    center = train.mean(axis=0)
-    _, values, axes = np.linalg.svd(train - center, full_matrices=False)
-    variances = values**2 / max(1, len(train) - 1)
-    least = ridge * variances.sum() / train.shape[1] + 1e-12
-    # Directions in which train does not vary are scaled by least ** -0.5.
-    scale = (variances + least) ** -0.5 - least**-0.5
-    parts = [features - center for features in (train, test)]
-    return [x * least**-0.5 + (x @ axes.T * scale) @ axes for x in parts]
+    train, test = (features - train.mean(axis=0) for features in (train, test))
+    variances, axes = np.linalg.eigh(train.T @ train / max(1, len(train) - 1))
+    variances += ridge * variances.mean() + 1e-12
+    return [x @ (axes * variances**-0.5) @ axes.T for x in (train, test)]
 
 
 @dataclass
@@ -186,7 +175,7 @@ class Args:
     ] = ()
     """run folders or .npz files (none: every run under runs/)"""
     ks: tuple[int, ...] = (1, 2, 3, 4, 5, 10, 20, 50, 70, 100, 200, 500, 1000)
-    """numbers of neighbors; those above the number of training points are dropped"""
+    """numbers of neighbors, of which the possible ones are taken"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """distance between features"""
     vote: Literal["uniform", "softmax"] = "uniform"
@@ -203,9 +192,7 @@ class Args:
     """also fit logistic regressions on the frozen features: few labels, and all"""
     embedding_2d: Literal["pca", "tsne"] = "pca"
     """projection for the 2-D plot of the features"""
-    group_seeds: bool = True
-    """average runs that differ in the seed only"""
-    table: Literal["text", "md", "latex"] = "text"
+    table: Literal["md", "latex"] = "md"
     """format of the printed tables"""
     output: str | None = None
     """folder for all files (unset: knn/ in the folder of the run, runs/knn/ for several)"""
@@ -266,11 +253,11 @@ def read_embeddings(path):
     return entry
 
 
-def read_inputs(args):
+def read_inputs(names):
     """Every input (none given: every run under runs/), and its column in the tables. UserError."""
     from common import check
 
-    paths = map(Path, args.inputs or sorted(Path("runs").glob("*/embeddings.npz")))
+    paths = map(Path, names or sorted(Path("runs").glob("*/embeddings.npz")))
     paths = [path / "embeddings.npz" if path.is_dir() else path for path in paths]
     for path in paths:
         check(path.exists(), f"{str(path)!r} does not exist; a run writes it at its end")
@@ -298,43 +285,32 @@ def read_inputs(args):
     for entry in inputs:
         if [other.run for other in inputs].count(entry.run) > 1:
             entry.column += f" {entry.name}"
-        elif not args.group_seeds and "seed" in entry.meta:
-            entry.column += f" seed {entry.meta['seed']}"
     return inputs
-
-
-@functools.lru_cache(1)
-def load_run_images(dataset, data_dir="data", **source):
-    """The images of a run, or None, with a note, if they cannot be loaded."""
-    from common import UserError, check, load_images
-
-    try:
-        # Missing data would be downloaded.
-        here = dataset == "digits" or Path(data_dir).exists()
-        check(here, f"--data-dir {data_dir!r} does not exist")
-        return load_images(dataset, data_dir, **source)
-    except UserError as error:
-        print(f"no pictures: {error}")
 
 
 def pictures(entry):
     """A function that gives images of a Part, uint8 tensor [N, S, S, C]; None without images."""
     import torch
 
-    from common import square
+    from common import UserError, check, load_images, square
 
     keys = "dataset data_dir cache_dir image_size labels window fit".split()
     source = {key: entry.meta[key] for key in keys if key in entry.meta}
-    if source.get("window"):
-        source["window"] = tuple(source["window"])
-    images = load_run_images(**source) if "dataset" in source else None
-    if not images:
+    if "dataset" not in source:
         return None
-    for part in (entry.train, entry.test):
-        files = images.extra.get(f"{part.name}_files", np.arange(len(getattr(images, part.name))))
-        if not np.array_equal(files, part.files):
-            print(f"no pictures: the images of {entry.name} have changed")
-            return None
+    try:
+        # Missing data would be downloaded.
+        folder = source.get("data_dir", "data")
+        here = source["dataset"] == "digits" or Path(folder).exists()
+        check(here, f"--data-dir {folder!r} does not exist")
+        images = load_images(**source)
+        for part in (entry.train, entry.test):
+            rows = np.arange(len(getattr(images, part.name)))
+            same = np.array_equal(images.extra.get(f"{part.name}_files", rows), part.files)
+            check(same, f"the images of {entry.name} have changed")
+    except UserError as error:
+        print(f"no pictures: {error}")
+        return None
 
     def get(part, most=224):
         pixels, size = getattr(images, part.name), min(images.size, most)
@@ -394,24 +370,21 @@ def vote(args, train, queries, ks):
     return knn_sweep(*data, *options, return_shares=True)
 
 
-def leave_one_out(args, train, most):
-    """Predictions, shares and accuracies {k: ...} within train, for every k of --ks up to most."""
-    ks = [k for k in sorted(set(args.ks)) if k <= most]
-    if not ks:
-        return {}, {}, {}
-    predictions, shares = vote(args, train, train, ks)
-    return predictions, shares, {k: (predictions[k] == train.labels).mean() for k in ks}
+def leave_one_out(args, train, most=np.inf):
+    """Predictions, shares and accuracies {k: ...} within train, for every possible k of --ks."""
+    most = min(most, len(train) - np.bincount(train.groups).max())
+    ks = [k for k in args.ks if 0 < k <= most]
+    predictions, shares = vote(args, train, train, ks) if ks else ({}, {})
+    return predictions, shares, {k: (predictions[k] == train.labels).mean() for k in predictions}
 
 
 def evaluate(entry, args):
     """The result of an input, for knn.json. Sets what the pictures need on the input."""
     result = dict(name=entry.name, column=entry.column, meta=entry.meta)
-    labelled = entry.train.labels != -1
-    voters = entry.train.features[labelled if labelled.any() else slice(None)]
-    result["effective_rank"] = effective_rank(voters)
+    result["effective_rank"] = effective_rank(entry.train.features)
     if args.whiten:
-        features = whiten(entry.train.features, entry.test.features)
-        entry.train.features, entry.test.features = features
+        train, test = entry.train, entry.test
+        train.features, test.features = whiten(train.features, test.features)
     train, test = (part[part.labels != -1] for part in (entry.train, entry.test))
     result |= dict(n_train=len(train), n_test=len(test), dim=train.features.shape[1])
     result["tables"] = {name: {} for name in TABLES}
@@ -420,9 +393,9 @@ def evaluate(entry, args):
     elif not len(test):
         result["column"] += " (leave-one-out)"
     # The images that vote and those that are predicted; without test images, the same.
-    entry.voters, entry.queries, entry.suspects = train, test if len(test) else train, None
+    entry.voters, entry.queries = train, test if len(test) else train
     # Without labels nothing is predicted, and nothing is wrong.
-    entry.predicted, entry.predictions = entry.queries.labels, []
+    entry.predicted, entry.tables = entry.queries.labels, {}
     if result["n_train"]:
         result |= sweep(entry, args, result["tables"]["knn"])
         labels_needed(entry, args, result["tables"])
@@ -436,21 +409,24 @@ def sweep(entry, args, table):
     from common import check
 
     train, truth, name = entry.voters, entry.queries.labels, entry.class_name
-    n = len(train) - np.bincount(train.groups).max()
-    predictions, shares, loo = leave_one_out(args, train, n)
-    less = "the training images less one group"
-    check(loo, f"{entry.name}: --ks {min(args.ks)} is above {n}, {less}")
+    predictions, shares, loo = leave_one_out(args, train)
+    message = f"{entry.name}: --ks needs a number from 1 to the number of training images"
+    check(loo, f"{message} less their largest group, not {args.ks}")
     # The smallest k wins a tie.
     k = max(loo, key=loo.get)
-    entry.suspects = []
+    rows = [["file", "label", "neighbors_say", "share"]]
     for i, says, share in most_certain(predictions, shares, k):
         if says != train.labels[i]:
-            entry.suspects.append([train.files[i], name(train.labels[i]), name(says), share])
+            rows.append([train.files[i], name(train.labels[i]), name(says), share])
+    entry.tables["suspects.csv"] = rows
+    rows = [["part", "file", "neighbors_say", "share"]]
     for part in (entry.train, entry.test):
         rest = part[part.labels == -1]
         if len(rest):
             for i, says, share in most_certain(*vote(args, train, rest, loo), k):
-                entry.predictions.append([part.name, rest.files[i], name(says), share])
+                rows.append([part.name, rest.files[i], name(says), share])
+    if rows[1:]:
+        entry.tables["predictions.csv"] = rows
     if entry.queries is not train:
         predictions, _ = vote(args, train, entry.queries, loo)
     table |= {k: (predictions[k] == truth).mean() for k in loo}
@@ -482,7 +458,7 @@ def labels_needed(entry, args, tables):
         methods["probe"] = probe
     # A class with fewer than n labels gives all, unless the rest of each class is predicted.
     most = sizes.max() if by_test else sizes.min() - 1
-    for n in (n for n in args.labels_per_class if n <= most):
+    for n in (n for n in args.labels_per_class if 0 < n <= most):
         for seed in range(20):
             # The same images for every input.
             order = np.random.default_rng(seed).permutation(len(labels))
@@ -500,7 +476,6 @@ def labels_needed(entry, args, tables):
 
 def few_labels(known, queries, args, n):
     """Predict by the kNN vote; k, at most n, is chosen by leave-one-out among the known labels."""
-    n = min(n, len(known) - np.bincount(known.groups).max())
     *_, loo = leave_one_out(args, known, n)
     k = max(loo, key=loo.get, default=1)
     return vote(args, known, queries, [k])[0][k]
@@ -520,29 +495,30 @@ def probe(known, queries, *ignored):
 
 
 def nearest_images(train, queries, k, args):
-    """`nearest` between Parts: training images see those of other groups."""
+    """Distances and neighbors [M, k] between Parts: training images see those of other groups."""
     own = queries.groups if queries.name == "train" else None
     options = args.metric, args.device, train.groups, own
-    return nearest(train.features, queries.features, k, *options)
+    chunks = nearest(train.features, queries.features, k, *options)
+    return map(np.concatenate, zip(*(chunk[1:] for chunk in chunks)))
 
 
 def closest_pairs(entry, args):
-    """Rows of pairs.csv, and the number of test images that equal a training image."""
-    train, lines, equal = entry.train, [], 0
+    """Rows of pairs.csv. Prints the number of test images that equal a training image."""
+    train = entry.train
+    rows = [["part", "file", "train_file", "similarity" if args.metric == "cosine" else "distance"]]
     for part in filter(len, (train, entry.test)):
-        pairs = []
-        for rows, distances, neighbors in nearest_images(train, part, 100, args):
-            if part is not train:
-                same = np.isclose(part.features[rows], train.features[neighbors[:, 0]], atol=1e-5)
-                equal += int(same.all(axis=1).sum())
-            closest = np.argsort(distances, axis=None, kind="stable")[:200]
-            i, j = np.unravel_index(closest, distances.shape)
-            pairs += zip(distances[i, j], rows[i], neighbors[i, j])
+        distances, neighbors = nearest_images(train, part, 20, args)
+        equal = (distances[:, :1] < 1e-4).sum()
+        if equal and part is not train:
+            print(f"{entry.name}: {equal} test images equal a training image: a leak")
+        closest = np.argsort(distances, axis=None, kind="stable")[:200]
+        i, j = np.unravel_index(closest, distances.shape)
+        pairs = zip(distances[i, j], i, neighbors[i, j])
         # Within the training images, each pair comes twice.
-        pairs = [pair for pair in sorted(pairs) if part is not train or pair[1] < pair[2]]
+        pairs = [pair for pair in pairs if part is not train or pair[1] < pair[2]]
         for distance, i, j in pairs[:100]:
-            lines.append([part.name, part.files[i], train.files[j], closeness(distance, args)])
-    return lines, equal
+            rows.append([part.name, part.files[i], train.files[j], closeness(distance, args)])
+    return rows
 
 
 def closeness(distance, args):
@@ -554,22 +530,16 @@ def closeness(distance, args):
 
 
 def draw_neighbors(entry, get, args):
-    """Eight queries, up to four of them wrong, each with its six nearest training images."""
+    """Eight queries, the last four wrong if there are so many, and their nearest images."""
     from matplotlib.figure import Figure
 
     train, queries, rng = entry.voters, entry.queries, np.random.default_rng(0)
-    wrong = entry.predicted != queries.labels
-
-    def pick(rows, n):
-        rows = rng.permutation(rows)
-        # One of each class first.
-        first = rng.permutation(np.unique(queries.labels[rows], return_index=True)[1])
-        return [*rows[first], *np.delete(rows, first)][:n]
-
-    rows = pick(np.flatnonzero(wrong), 4)
-    rows = pick(np.flatnonzero(~wrong), 8 - len(rows)) + rows
+    wrong, rows = entry.predicted != queries.labels, rng.permutation(len(queries))
+    # The wrong ones last.
+    rows = rows[np.argsort(wrong[rows])]
+    rows = [*rows[:4], *rows[4:][-4:]]
     chosen, wrong = queries[rows], wrong[rows]
-    ((_, distances, neighbors),) = nearest_images(train, chosen, 6, args)
+    distances, neighbors = nearest_images(train, chosen, 6, args)
     figure = Figure(figsize=(9, 12), layout="constrained")
     figure.suptitle(
         "Left: a query, red if it is predicted wrongly (up to four). Right: the nearest training "
@@ -586,8 +556,7 @@ def draw_neighbors(entry, get, args):
         for ax, image, label, number, right in zip(axes[i], images, labels, numbers, good):
             ax.imshow(image)
             ax.set_title(entry.class_name(label) + number, fontsize=8)
-            unknown = entry.suspects is None
-            ax.spines[:].set_color("0.7" if unknown else "tab:green" if right else "tab:red")
+            ax.spines[:].set_color("0.7" if right else "tab:red")
             ax.spines[:].set_linewidth(3)
     return figure
 
@@ -660,38 +629,22 @@ def draw_curves(rows, xlabel):
     return figure
 
 
-def to_png(figure):
-    file = io.BytesIO()
-    figure.savefig(file, dpi=120, format="png")
-    return file.getvalue()
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
 
 
-def to_csv(header, rows):
-    text = io.StringIO()
-    csv.writer(text).writerows([header, *rows])
-    return text.getvalue().encode()
-
-
-def details(entry, args):
-    """The files of one input, {name: bytes}: pairs, suspects, neighbors, the 2-D plot."""
+def details(entry, args, folder):
+    """Write the files of one input: pairs, suspects, predictions, neighbors, the 2-D plot."""
+    folder.mkdir(exist_ok=True)
+    for name, rows in dict(entry.tables, **{"pairs.csv": closest_pairs(entry, args)}).items():
+        write_csv(folder / name, rows)
     get = pictures(entry)
-    pairs, equal = closest_pairs(entry, args)
-    if equal:
-        print(f"{entry.name}: {equal} test images have the features of a training image: a leak")
-    measure = "similarity" if args.metric == "cosine" else "distance"
-    files = {"pairs.csv": to_csv(["part", "file", "train_file", measure], pairs)}
-    if entry.suspects is not None:
-        header = ["file", "label", "neighbors_say", "share"]
-        files["suspects.csv"] = to_csv(header, entry.suspects)
-    if entry.predictions:
-        header = ["part", "file", "neighbors_say", "share"]
-        files["predictions.csv"] = to_csv(header, entry.predictions)
     if get:
-        files["neighbors.png"] = to_png(draw_neighbors(entry, get, args))
+        draw_neighbors(entry, get, args).savefig(folder / "neighbors.png", dpi=120)
     figure = draw_embedding(entry, get, args)
     if figure:
-        files["embedding_2d.png"] = to_png(figure)
-    return files
+        figure.savefig(folder / "embedding_2d.png", dpi=120)
 
 
 # ---------------------------------------------------------------- tables
@@ -715,7 +668,7 @@ def summarize(results, name):
 
 
 def print_table(title, rows, style):
-    """Accuracies in % as aligned text, Markdown or LaTeX."""
+    """Accuracies in % as Markdown or LaTeX."""
     columns, cells = dict.fromkeys((column for column, *_ in rows), ""), {}
     for column, label, mean, std in rows:
         shown = f"{100 * mean:.2f} ± {100 * std:.2f}".removesuffix(" ± nan")
@@ -724,93 +677,81 @@ def print_table(title, rows, style):
     for label in sorted(cells, key=lambda label: (label in WORDS, label)):
         table.append([str(label), *cells[label].values()])
     widths = [max(map(len, column)) for column in zip(*table)]
-    if style == "md":
-        table.insert(1, ["-" * width for width in widths])
-    start, between, end = dict(md=("| ", " | ", " |"), latex=("", " & ", r" \\")).get(
-        style, ["", "  ", ""]
-    )
-    lines = [start + between.join(map(str.rjust, row, widths)) + end for row in table]
+    table.insert(1, ["-" * width for width in widths])
+    table = [[*map(str.rjust, row, widths)] for row in table]
+    lines = [f"| {' | '.join(row)} |" for row in table]
     if style == "latex":
-        lines = [re.sub(r"([_%#$])", r"\\\1", line).replace("±", r"$\pm$") for line in lines]
-        lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", *lines, r"\end{tabular}"]
+        del table[1]
+        text = "\n".join(" & ".join(row) + r" \\" for row in table)
+        text = re.sub(r"([_%#$])", r"\\\1", text).replace("±", r"$\pm$")
+        lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", text, r"\end{tabular}"]
     print("", *lines, "", sep="\n")
 
 
-def report(results, args):
-    """Print tables and results; return the files that the inputs share, {name: bytes}."""
+def report(results, args, folder):
+    """Print tables and results; write the files that the inputs share."""
     content = dict(args=asdict(args), command=shlex.join(sys.argv), results=results)
-    files = {"knn.json": json.dumps(content, indent=2).encode()}
+    (folder / "knn.json").write_text(json.dumps(content, indent=2))
     for name, title in TABLES.items():
         rows = summarize(results, name)
         if rows:
             print_table(title, rows, args.table)
-            files[f"{name}.csv"] = to_csv(["column", title, "mean", "std"], rows)
-            files[f"{name}.png"] = to_png(draw_curves(rows, title))
+            write_csv(folder / f"{name}.csv", [["column", title, "mean", "std"], *rows])
+            draw_curves(rows, title).savefig(folder / f"{name}.png", dpi=120)
     lines = []
     for result in results:
         text = f"{result['name']}: effective rank {result['effective_rank']:.1f}"
         if "k" in result:
             kind = "test" if result["n_test"] else "leave-one-out"
-            accuracy, low, high = (
-                f"{100 * result[key]:.2f}" for key in ("accuracy", "low", "high")
-            )
-            text += f", k = {result['k']}, {kind} accuracy = {accuracy} % ({low} to {high})"
+            text += f", k = {result['k']}, {kind} accuracy = {100 * result['accuracy']:.2f} %"
+            text += f" ({100 * result['low']:.2f} to {100 * result['high']:.2f})"
         print(text)
-        few = result["tables"]["labels"]
-        lines.append({key: value for key, value in result.items() if not isinstance(value, dict)})
-        lines[-1] |= {f"labels_{n}": np.mean(few[n]) for n in few} | result["meta"]
+        line = {key: value for key, value in result.items() if not isinstance(value, dict)}
+        lines.append(line | result["meta"])
     fields = [*dict.fromkeys(key for line in lines for key in line)]
-    files["results.csv"] = to_csv(fields, [map(line.get, fields) for line in lines])
-    return files
+    write_csv(folder / "results.csv", [fields, *(map(line.get, fields) for line in lines)])
 
 
 def main(args):
     """Evaluate every input, then write the files. Returns the results."""
     from matplotlib import rc_context
 
-    from common import Tracker, atomic_write, check, pick_device, user_errors
+    from common import Tracker, check, pick_device, user_errors
 
-    ks = f"--ks {' '.join(map(str, args.ks))}"
-    check(args.ks and min(args.ks) > 0, f"{ks}: give numbers above 0, as in --ks 1 5 20")
     check(args.temperature > 0, f"--temperature {args.temperature} must be above 0")
-    least = min((1, *args.labels_per_class))
-    check(least > 0, f"--labels-per-class {least} must be above 0")
     device = pick_device(args.device)
     args = replace(args, device=str(device) if device.type == "cuda" else None)
 
-    runs = read_inputs(args)
-    # Other options, another folder.
-    parts = ["knn", args.metric, args.vote, "whiten" * args.whiten]
-    name = "-".join(part for part in parts if part not in (Args.metric, Args.vote, ""))
-    folder = Path(args.output or Path(runs[0].name if len(runs) == 1 else "runs", name))
+    runs = read_inputs(args.inputs)
+    folder = Path(args.output or f"{runs[0].name if len(runs) == 1 else 'runs'}/knn")
     failed = f"cannot write to --output {str(folder)!r}"
     with user_errors(failed, OSError):
         # A labels.csv may be the user's own.
         ours = not folder.exists() or (folder / "knn.json").exists() or not any(folder.iterdir())
         check(ours, f"{failed}: it holds other files; name another folder")
     inputs = runs + (pixels_of(runs) if args.pixels else [])
-    # Compute everything before writing anything: a failure leaves earlier files as they are.
     results = [evaluate(entry, args) for entry in inputs]
-    # A $ in a name starts no formula.
-    with rc_context({"text.parse_math": False}):
-        files = report(results, args)
-        for entry in runs:
-            # A folder for each of several runs.
-            place = re.sub(r"[^\w-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
-            files |= {place + name: content for name, content in details(entry, args).items()}
-    with user_errors(failed, OSError):
-        for old in (folder / name for name in KNOWN if name not in files):
-            old.unlink(missing_ok=True)
-        for name, content in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / name) as file:
-                file.write(content)
-    print(f"\nwrote {', '.join(name for name in files if '/' not in name)} to {folder}")
+    # In a folder of their own first: a failure leaves earlier files as they are.
+    with tempfile.TemporaryDirectory() as place, user_errors(failed, OSError):
+        new = Path(place, "knn")
+        new.mkdir()
+        # A $ in a name starts no formula.
+        with rc_context({"text.parse_math": False}):
+            report(results, args, new)
+            for entry in runs:
+                # A folder for each of several runs.
+                part = re.sub(r"[^\w-]+", "_", entry.name) if len(runs) > 1 else ""
+                details(entry, args, new / part)
+        for name in KNOWN:
+            (folder / name).unlink(missing_ok=True)
+        shutil.copytree(new, folder, dirs_exist_ok=True)
+        names = sorted(path.name for path in new.iterdir() if path.is_file())
+    print(f"\nwrote {', '.join(names)} to {folder}")
     name = f"knn-{runs[0].column}"
     tracker = Tracker(args, folder, name=name, group="knn", config=asdict(args))
     for column, k, accuracy, _ in summarize(results, "knn"):
         tracker.log({"k": k, f"knn/{column}": accuracy})
-    tracker.log({name[:-4]: folder / name for name in files if name.endswith(".png")})
+    tracker.log({path.stem: path for path in folder.glob("*.png")})
     tracker.finish()
     return results
 

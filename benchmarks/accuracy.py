@@ -3,21 +3,24 @@
     python benchmarks/accuracy.py
     python benchmarks/accuracy.py --methods simclr --seeds 1 --extra="--lr 0.5"
 
-Each run is `python METHOD.py`, then `python knn_eval.py`, plain and with --whiten. It appends a
-line to --output. Recorded runs are left out, so a stopped benchmark goes on.
+Each run is `python METHOD.py`, then `python knn_eval.py`, with --whiten and with --probe (the
+untrained encoder: --pixels). It appends a line to --output. Recorded runs are not repeated, and a
+run that was stopped is resumed from its folder under --runs.
 """
 
+import importlib.metadata
 import itertools
 import json
+import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +38,8 @@ class Args:
     """seeds of each method"""
     extra: str = ""
     """more flags for the methods, in one string; they become part of the recorded name"""
+    runs: str = "runs/benchmark"
+    """folder of the runs"""
     output: str = str(ROOT / "benchmarks/results/digits-cpu.jsonl")
     """file to append the lines to"""
 
@@ -56,23 +61,10 @@ def run(script, *flags):
     return time.perf_counter() - start
 
 
-def train_and_evaluate(script, flags, folder, *options, pixels=True):
-    """Train into folder/run by the real command, or resume it there; evaluate plain and whitened.
-
-    Returns the results of knn.json, of the features, raw pixels (if asked for) and whitened
-    features, with what a recorded line says of the run.
-    """
-    seconds = run(script, *flags, "--run-dir", f"{folder}/run", "--resume")
-    results = []
-    for name, more in (("knn", ["--pixels"] * pixels), ("whiten", ["--whiten"])):
-        run("knn_eval.py", f"{folder}/run", "--output", f"{folder}/{name}", *more, *options)
-        results += json.loads(Path(folder, name, "knn.json").read_text())["results"]
-    config = json.loads(Path(folder, "run/args.json").read_text())
-    facts = {key: config[key] for key in ("versions", "commit", "device")}
-    facts |= dict(processor=processor_name())
-    for result, more in zip(results, (dict(seconds=round(seconds, 1)), {}, {})):
-        result["facts"] = facts | more
-    return results
+def evaluate(folder, *options):
+    """The results of knn_eval.py for a run: of its features, then of raw pixels (--pixels)."""
+    run("knn_eval.py", folder, "--output", f"{folder}/knn", *options)
+    return json.loads(Path(folder, "knn/knn.json").read_text())["results"]
 
 
 def means(table):
@@ -86,8 +78,7 @@ def record(output, result, **line):
     tables = {name: means(table) for name, table in result["tables"].items() if table}
     line["accuracy_at_chosen_k"] = tables["knn"].pop("chosen k")
     line |= dict(accuracy=tables.pop("knn"), **tables)
-    with open(output, "a") as file:
-        file.write(json.dumps(line | result["facts"]) + "\n")
+    append(output, **line)
     few, full = line["labels"]["1"], line["accuracy_at_chosen_k"]
     shown = f"1 label a class {100 * few:.2f} %, all {100 * full:.2f} %"
     print(f"{line['name']} seed {line['seed']}: {shown}", flush=True)
@@ -105,24 +96,52 @@ def processor_name():
     return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
 
 
-def main(args):
-    """Raw pixels once; for every seed the untrained encoder and each method."""
+def facts():
+    """What a result was measured with."""
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    names = ("torch", "torchvision", "numpy", "scikit-learn", "lightly")
+    result = dict(command=shlex.join(["python", *sys.argv]), commit=common.git_commit())
+    result |= dict(versions={name: installed.get(name) for name in names})
+    result |= dict(processor=processor_name(), cores=len(os.sched_getaffinity(0)))
+    cuda = torch.cuda.is_available()
+    return dict(result, device=torch.cuda.get_device_name() if cuda else "cpu")
+
+
+def write(path, **result):
+    """Write a result and its facts as a JSON file."""
+    Path(path).write_text(json.dumps(facts() | result, indent=2) + "\n")
+
+
+def append(path, **line):
+    """Append a result and its facts to a file of JSON lines."""
+    with open(path, "a") as file:
+        file.write(json.dumps(facts() | line) + "\n")
+
+
+def main(args, settings=()):
+    """For every seed the untrained encoder and each method; raw pixels once."""
     done = recorded(args.output, "name", "seed")
     for seed, method in itertools.product(args.seeds, ("untrained", *args.methods)):
-        name = f"{method} {args.extra}".strip()
+        name, untrained = f"{method} {args.extra}".strip(), method == "untrained"
         if (name, seed) in done:
             print(f"{name} seed {seed}: already in {args.output}")
             continue
-        script = f"{args.methods[0] if method == 'untrained' else method}.py"
-        flags = [*shlex.split(args.extra), "--seed", str(seed)]
-        flags += ["--epochs", "0"] if method == "untrained" else []
-        with tempfile.TemporaryDirectory() as folder:
-            knn, pixels, whitened = train_and_evaluate(script, flags, folder)
-        if ("pixels", None) not in done:
-            done.add(("pixels", None))
-            record(args.output, pixels, name="pixels", seed=None)
-        line = dict(whitened=whitened["accuracy"], command=shlex.join(["python", script, *flags]))
-        record(args.output, knn, name=name, seed=seed, **line)
+        script = f"{args.methods[0] if untrained else method}.py"
+        flags = [*settings, *shlex.split(args.extra), "--seed", str(seed)]
+        flags += ["--epochs", "0"] * untrained
+        folder = f"{args.runs}/{name}-s{seed}".replace(" ", "")
+        seconds = run(script, *flags, "--run-dir", folder, "--resume")
+        (whitened,) = evaluate(folder, "--whiten")
+        # Logistic regressions on the pixels of 50,000 images take most of an hour.
+        knn, *pixels = evaluate(folder, "--pixels" if untrained else "--probe")
+        for result in pixels if seed == args.seeds[0] else ():
+            record(args.output, result, name="pixels", seed=seed)
+        keys = ("epoch", "loss", "seconds", "knn_acc", "effective_rank")
+        log = [json.loads(line) for line in Path(folder, "log.jsonl").open()]
+        line = dict(curve=[{key: row[key] for key in keys if key in row} for row in log])
+        line |= {f"whitened_{name}": means(t) for name, t in whitened["tables"].items()}
+        line |= dict(whitened=whitened["accuracy"], command=shlex.join(["python", script, *flags]))
+        record(args.output, knn, name=name, seed=seed, seconds=round(seconds, 1), **line)
 
 
 if __name__ == "__main__":

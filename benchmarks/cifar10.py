@@ -5,25 +5,19 @@
     python benchmarks/cifar10.py --cpu --data-dir cifar10-jpeg --holdout 500 --extra="--lr 0.1"
 
 --data-dir is a folder of CIFAR-10 as files (train/<class>/*, test/<class>/*), or torchvision
-downloads the data set to it. Every run is `python METHOD.py`, then `python knn_eval.py --probe`,
-plain and with --whiten (pixels and the untrained encoder without --probe). It appends a line to
---output: accuracy over k, with few labels and by logistic regression, and loss, kNN accuracy and
-effective rank over the epochs. Recorded runs are not repeated, and a run that was stopped is
-resumed from its folder under --runs. With --holdout, for tuning, so many training images of each
-class take the place of the test images.
+downloads the data set to it. With --holdout, for tuning, so many training images of each class take
+the place of the test images. accuracy.py does the rest.
 """
 
-import json
-import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import accuracy
 import numpy as np
 import torch
-from accuracy import ROOT, means, record, recorded, train_and_evaluate
 from sklearn.model_selection import train_test_split
 
 import common
@@ -35,21 +29,17 @@ CPU = (
 
 
 @dataclass
-class Args:
+class Args(accuracy.Args):
     """Train each method, evaluate, record."""
 
     cpu: bool = False
     """the setting for an hour of one CPU core"""
     data_dir: str = "data"
     """folder of the data set"""
-    methods: tuple[str, ...] = ("simclr", "byol", "barlow_twins")
-    """method files"""
-    seeds: tuple[int, ...] = (1,)
-    """seeds of each method"""
     holdout: int = 0
     """training images of each class that replace the test images"""
-    extra: str = ""
-    """more flags for the methods, in one string; they become part of the recorded name"""
+    seeds: tuple[int, ...] = (1,)
+    """seeds of each method"""
     runs: str = "runs/cifar10-benchmark"
     """folder of the runs"""
     output: str = ""
@@ -65,45 +55,27 @@ def hold_out(dataset, data_dir, n, path):
     for part, rows in zip(("train", "test"), map(np.sort, split)):
         arrays[f"{part}_images"] = images.train[rows].permute(0, 2, 3, 1).numpy()
         arrays[f"{part}_labels"] = labels[rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)
 
 
 def main(args):
-    """The untrained encoder and pixels, then every method and seed."""
-    data = f"cifar10-{'cpu' if args.cpu else 'gpu'}{'-holdout' if args.holdout else ''}"
-    output = args.output or str(ROOT / f"benchmarks/results/{data}.jsonl")
-    dataset = "folder" if Path(args.data_dir, "train").is_dir() else "cifar10"
+    """Settings for accuracy.py."""
+    name = f"cifar10-{'cpu' if args.cpu else 'gpu'}{'-holdout' if args.holdout else ''}"
+    output = args.output or str(accuracy.ROOT / f"benchmarks/results/{name}.jsonl")
+    dataset, data_dir = (
+        "folder" if Path(args.data_dir, "train").is_dir() else "cifar10",
+        args.data_dir,
+    )
     if args.holdout:
         path = Path(args.runs, f"holdout{args.holdout}.npz")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hold_out(dataset, args.data_dir, args.holdout, path)
-        dataset, args.data_dir = "npz", str(path)
-    settings = ["--dataset", dataset, *shlex.split(CPU * args.cpu)]
+        hold_out(dataset, data_dir, args.holdout, path)
+        dataset, data_dir = "npz", str(path)
+    settings = ["--dataset", dataset, "--data-dir", data_dir, *CPU.split() * args.cpu]
     # Emulated, it is slower than float32.
     bf16 = args.cpu and torch.cpu._is_avx512_bf16_supported()
-    settings += [*["--precision", "bf16"] * bf16, *shlex.split(args.extra)]
-    done = recorded(output, "name", "seed")
-    for method, seed in [("untrained", 1), *((m, s) for m in args.methods for s in args.seeds)]:
-        name = f"{method} {args.extra}".strip()
-        if (name, seed) in done:
-            print(f"{name} seed {seed}: already in {output}")
-            continue
-        script = "simclr.py" if method == "untrained" else f"{method}.py"
-        flags = [*settings, *["--epochs", "0"] * (method == "untrained"), "--seed", str(seed)]
-        folder = f"{args.runs}/{name.replace(' ', '')}-s{seed}"
-        source, pixels = ["--data-dir", args.data_dir], method == "untrained"
-        # Logistic regressions on 50,000 images' pixels take most of an hour.
-        options = [] if pixels else ["--probe"]
-        found = train_and_evaluate(script, [*flags, *source], folder, *options, pixels=pixels)
-        knn, *pixels, whitened = found
-        for result in pixels:
-            record(output, result, name="pixels", seed=seed)
-        keys = ("epoch", "loss", "seconds", "knn_acc", "effective_rank")
-        log = [json.loads(line) for line in Path(folder, "run/log.jsonl").open()]
-        line = dict(curve=[{key: row[key] for key in keys if key in row} for row in log])
-        line |= {f"whitened_{name}": means(t) for name, t in whitened["tables"].items()}
-        line |= dict(whitened=whitened["accuracy"], command=shlex.join(["python", script, *flags]))
-        record(output, knn, name=name, seed=seed, **line)
+    settings += ["--precision", "bf16"] * bf16
+    accuracy.main(replace(args, output=output), settings)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ and outputs. `backward` includes the loss, `optimizer` BYOL's EMA.
 """
 
 import importlib
-import json
-import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
-from throughput import network_of
+from accuracy import write
+from throughput import OWN, network_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -89,7 +87,7 @@ def parts_of(method, size, args):
         mean = torch.empty(3, 1, 1)
         view = module.choose_view("photo", False, size)
         two_views = counted(module.two_views, images, view, size, mean, mean)
-    network, own = network_of(module, flags, size)
+    network, own = network_of(method, flags, size), OWN[method]
     optimizer, scaler = module.make_optimizer(network, 1e-4), torch.amp.GradScaler(enabled=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         pair = torch.empty(2, args.batch_size, 3, size, size).unbind()
@@ -114,11 +112,7 @@ def main(args):
                 for name, n in count.bytes.most_common(30 * args.operators):
                     print(f"   {name:30} {count.kernels[name]:5} {n / 1e9:8.3f} GB")
     if args.output:
-        command = " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]])
-        facts = dict(command=command, commit=common.git_commit(), torch=torch.__version__)
-        Path(args.output).write_text(
-            json.dumps(dict(facts, batch_size=args.batch_size, lines=lines))
-        )
+        write(args.output, batch_size=args.batch_size, lines=lines)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import tyro
 from matplotlib.figure import Figure
@@ -18,6 +18,10 @@ from PIL import Image
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from knn_eval import draw_curves
+
 RESULTS = ROOT / "benchmarks/results"
 READMES = ["README.md", "benchmarks/README.md"]
 COLUMNS = {
@@ -130,13 +134,14 @@ def verdict(differences):
     n, center = len(differences), mean(differences)
     if n == 1:
         return [f"{center:+.1f}", "too few seeds"]
-    half, narrow = (stats.t.ppf(p, n - 1) * stats.sem(differences) for p in (0.975, 0.95))
-    word = "better" if center > half else "worse" if center < -half else "undecided"
-    if abs(center) + narrow < 1:
+    test = stats.ttest_1samp(differences, 0)
+    low, high = test.confidence_interval()
+    word = "better" if low > 0 else "worse" if high < 0 else "undecided"
+    if max(map(abs, test.confidence_interval(0.9))) < 1:
         word = "equal"
     # As the protocol has it.
     word = word if n >= 5 else "too few seeds"
-    return [f"{center:+.1f} ({center - half:+.1f} to {center + half:+.1f})", word]
+    return [f"{center:+.1f} ({low:+.1f} to {high:+.1f})", word]
 
 
 def versus_lightly():
@@ -164,23 +169,14 @@ def versus_lightly():
 
 
 def draw(name):
-    """Plot a sweep, from the lowest to the highest seed."""
-    file, key, title = PLOTS[name]
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    references = dict(pixels=dict(color="0.4", ls="--"), untrained=dict(color="0.4", ls=":"))
+    """Plot a sweep."""
+    (file, key, title), lines = PLOTS[name], []
     for column, runs in accuracies(file, key).items():
-        xs, style = list(runs[0]), references.get(column, {})
-        means = [mean(run[x] for run in runs) for x in xs]
-        (line,) = axes.plot(xs, means, marker=".", label=COLUMNS[column], **style)
-        low, high = ([choose(run[x] for run in runs) for x in xs] for choose in (min, max))
-        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    xlabel = "k" if key == "accuracy" else "labels per class"
-    axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy in %", title=title)
-    axes.set_xticks(xs, xs)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+        for x in runs[0]:
+            values = [run[x] / 100 for run in runs]
+            lines.append([COLUMNS[column], x, mean(values), stdev(values) if runs[1:] else 0])
+    figure = draw_curves(lines, "k" if key == "accuracy" else "labels per class")
+    figure.axes[0].set_title(title)
     return figure
 
 
@@ -202,13 +198,6 @@ def draw_training(name):
     return figure
 
 
-def digest(name):
-    """Hash of the recorded values that a plot shows, which its file carries."""
-    file, key = PLOTS[name][:2]
-    shown = {column: [run.get(key) for run in runs] for column, runs in recorded(file).items()}
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
-
-
 def ops():
     """Ratios of the parts of a step."""
     result, knn = load("ops-cpu"), load("knn-cpu")
@@ -224,8 +213,6 @@ def ops():
     title = f"`knn_sweep`, 13 k, {size}, against 13 fits of KNeighborsClassifier"
     differ = f"{knn['differing']} of {knn['predictions']} predictions differ"
     lines.append([title, f"{knn['ratio']}; {differ}"])
-    share = mean(knn["few_labels_over_sweep"])
-    lines.append(["its table of few labels: share of the time of both sweeps", f"{share:.2f}"])
     return rows(["part", "times faster (range)"], lines)
 
 
@@ -284,8 +271,10 @@ def main(args):
             stale.append(str(path))
             if not args.check:
                 path.write_text(new)
-    for name, (_, key, _) in PLOTS.items():
-        path, source = ROOT / f"benchmarks/pictures/{name}.png", digest(name)
+    for name, (file, key, _) in PLOTS.items():
+        path = ROOT / f"benchmarks/pictures/{name}.png"
+        # The file carries a hash of its results.
+        source = hashlib.sha256((RESULTS / f"{file}.jsonl").read_bytes()).hexdigest()
         if not path.exists() or Image.open(path).text.get("Source") != source:
             stale.append(str(path))
             if not args.check:

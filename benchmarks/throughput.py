@@ -22,26 +22,20 @@ or use --no-lightly.
 """
 
 import importlib
-import inspect
-import json
 import math
 import os
 import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np
 import torch
 import tyro
-from accuracy import processor_name
+from accuracy import write
 from PIL import Image
 from scipy import stats
-from torch import nn
+from torch.utils.data import DataLoader, default_collate
 
 import common
 
@@ -77,17 +71,16 @@ class Args:
     """write the result to this JSON file"""
 
 
-def network_of(module, args, size):
-    """The network of a method file, and its own arguments of train_step."""
+# Each method's network, and its own arguments of train_step.
+NETWORK = dict(simclr="SimCLR", byol="BYOL", barlow_twins="BarlowTwins")
+OWN = dict(simclr=dict(temperature=0.5), byol=dict(ema=0.99), barlow_twins=dict(lambd=5e-3))
+
+
+def network_of(method, args, size):
+    """The network of a method file."""
     encoder, dim = common.build_encoder(args.encoder, size, args.width)
-    network_class = next(
-        v for v in vars(module).values() if inspect.isclass(v) and issubclass(v, nn.Module)
-    )
     heads = args.hidden_dim, args.projection_dim, args.projection_layers
-    # temperature, ema or lambd; an unset --ema depends on the steps of a run.
-    names = inspect.signature(module.train_step).parameters.keys() & vars(args).keys() - {"lr"}
-    own = {name: getattr(args, name) or 0.99 for name in names}
-    return network_class(encoder, dim, *heads), own
+    return getattr(importlib.import_module(method), NETWORK[method])(encoder, dim, *heads)
 
 
 class Step:
@@ -103,8 +96,9 @@ class Step:
         self.images, self.fresh_views, self.train = images.to(self.device), fresh_views, train
         size = images.shape[2]
         self.view = self.module.choose_view(args.augment, False, size)
-        network, self.own = network_of(self.module, args, size)
+        network = network_of(method, args, size)
         network.to(self.device, memory_format=torch.channels_last)
+        self.own = OWN[method]
         self.optimizer = self.module.make_optimizer(network, args.weight_decay)
         fp16 = self.amp_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
@@ -123,17 +117,12 @@ class Step:
                 self.module.train_step(self.model, self.optimizer, self.scaler, v1, v2, **settings)
 
 
-class PilImages(torch.utils.data.Dataset):
-    """uint8 [N, 3, H, W] as PIL images through a transform, like torchvision's CIFAR10."""
-
-    def __init__(self, images, transform):
-        self.images, self.transform = images.permute(0, 2, 3, 1).contiguous().numpy(), transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.images[i]))
+def pil_loader(images, transform, batch_size, **options):
+    """A DataLoader of uint8 images [N, 3, H, W] through a transform of PIL images."""
+    pils = [*map(Image.fromarray, images.permute(0, 2, 3, 1).contiguous().numpy())]
+    options |= dict(shuffle=True, drop_last=True)
+    options["collate_fn"] = lambda batch: default_collate([transform(pil) for pil in batch])
+    return DataLoader(pils, batch_size, **options)
 
 
 def lightly_transform(view, size, mean, std):
@@ -179,9 +168,7 @@ class Lightly(Step):
         transform = lightly_transform(self.view, images.shape[2], [0.5] * 3, [0.25] * 3)
         workers = len(os.sched_getaffinity(0)) if tuned else 8
         more = dict(persistent_workers=tuned, pin_memory=tuned and self.device.type == "cuda")
-        more |= dict(shuffle=True, drop_last=True, num_workers=workers)
-        dataset = PilImages(images, transform)
-        loader = torch.utils.data.DataLoader(dataset, self.args.batch_size, **more)
+        loader = pil_loader(images, transform, self.args.batch_size, num_workers=workers, **more)
         self.batches = (batch for _ in iter(int, 1) for batch in loader)
         # The batches that a DataLoader makes ahead of a turn.
         self.lead = 2 * workers
@@ -223,8 +210,8 @@ def timed(contender, steps):
 def interval(ratios):
     """Geometric mean of ratios and its 95 % t-interval."""
     logs = np.log(ratios)
-    half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs) if len(logs) > 1 else math.nan
-    low, ratio, high = (round(math.exp(logs.mean() + side * half), 4) for side in (-1, 0, 1))
+    low, high = stats.ttest_1samp(logs, 0).confidence_interval()
+    low, ratio, high = np.exp([low, logs.mean(), high]).round(4).tolist()
     return dict(ratio=ratio, low=low, high=high, blocks=len(logs))
 
 
@@ -282,21 +269,17 @@ def measure(method, args, images):
 
 def main(args):
     """Every method, and the JSON file after each of them."""
-    cuda = torch.cuda.is_available()
     shape = args.images, 3, args.image_size, args.image_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
-    command = shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]])
-    result = dict(command=command, commit=common.git_commit(), torch=torch.__version__, methods={})
-    result["device"] = torch.cuda.get_device_name() if cuda else processor_name()
-    result["threads"] = torch.get_num_threads()
+    methods = {}
     for method in args.methods:
-        found = result["methods"][method] = measure(method, args, images)
+        found = methods[method] = measure(method, args, images)
         for name, rate in found["samples_per_sec"].items():
             print(f"{method:13} {name:16} {rate:10.1f} samples/s")
         for pair, row in found["ratios"].items():
             print(f"{method:13} {pair:21} {row['ratio']:.3f} ({row['low']} to {row['high']})")
         if args.output:
-            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+            write(args.output, methods=methods, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -30,20 +30,17 @@ different --methods or --seeds can share the work. lightly is not in requirement
 
 import copy
 import importlib
-import importlib.metadata
 import itertools
-import json
 import math
 import shlex
-import sys
 import tempfile
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accuracy import ROOT, first_of_each_class, processor_name, recorded, run
+from accuracy import ROOT, append, first_of_each_class, recorded, run
 from sklearn.neighbors import KNeighborsClassifier
-from throughput import PilImages, lightly_loss, lightly_transform
+from throughput import NETWORK, OWN, lightly_loss, lightly_transform, pil_loader
 from torch import nn
 
 import common
@@ -54,7 +51,6 @@ SETTING = "--encoder resnet10 --width 16 --batch-size 64 --epochs 30 --precision
 BATCH, EPOCHS = 64, 30
 # lightly's gradient / ours, at the same embeddings.
 SCALE = dict(simclr=1, byol=1 / 4, barlow_twins=2048)
-OWN = dict(simclr=dict(temperature=0.5), byol=dict(ema=0.99), barlow_twins=dict(lambd=5e-3))
 
 
 @dataclass
@@ -144,8 +140,7 @@ def our_side(method, seed, bug=False):
         network.target = copy.deepcopy(network.online).requires_grad_(False)
         network.predictor = nn.Identity() if bug else predictor
     else:
-        names = dict(simclr="SimCLR", barlow_twins="BarlowTwins")
-        network = getattr(module, names[method])(encoder, 1)
+        network = getattr(module, NETWORK[method])(encoder, 1)
         network.projector = projector
     if bug and method == "barlow_twins":
         own["lambd"] = 0.0
@@ -162,8 +157,8 @@ def our_side(method, seed, bug=False):
 def lightly_pairs(method, seed, images):
     """A function of the epoch that yields its pairs of views by lightly's transform."""
     normalize = images.mean.flatten().tolist(), images.std.flatten().tolist()
-    dataset = PilImages(images.train, lightly_transform(view_of(method), 32, *normalize))
-    loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, drop_last=True)
+    transform = lightly_transform(view_of(method), 32, *normalize)
+    loader = pil_loader(images.train, transform, BATCH)
     # lightly's own random ops draw from NumPy.
     np.random.seed(seed)
     layout = dict(memory_format=torch.channels_last)
@@ -208,8 +203,7 @@ def accuracies(encoder, images, shuffle=False):
     found = {}
     for k, weights in ((20, "uniform"), (200, lambda d: np.exp((1 - d) / 0.1))):
         model = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
-        correct = [model.fit(train, labels).predict(part) for part in np.array_split(test, 20)]
-        found[f"k{k}"] = round(100 * float(np.mean(np.concatenate(correct) == truth)), 2)
+        found[f"k{k}"] = round(100 * model.fit(train, labels).score(test, truth), 2)
     return found
 
 
@@ -240,13 +234,7 @@ def main(args):
     done = recorded(args.output, "method", "side", "seed")
 
     def record(method, side, seed, result):
-        command = shlex.join(["python", "benchmarks/versus_lightly.py", *sys.argv[1:]])
-        packages = ("torch", "torchvision", "lightly", "scikit-learn")
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        line = dict(method=method, side=side, seed=seed, **result, command=command)
-        line |= dict(commit=common.git_commit(), versions=versions, processor=processor_name())
-        with open(args.output, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(args.output, method=method, side=side, seed=seed, **result)
         print(method, side, seed, result, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -425,7 +425,6 @@ def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
     words["labels"] = shutil.move(labels, tmp_path / "moved.csv")
     run_cli(simclr, **words, run_dir=tmp_path / "run", resume=True)
     (scans / "11.png").rename(scans / "99.png")
-    knn_eval.load_run_images.cache_clear()
     run_cli(knn_eval, tmp_path / "run", says=["no pictures: "])
     assert not (tmp_path / "run/knn/neighbors.png").exists()
 

@@ -305,7 +305,7 @@ def test_pairs_and_leaks(run_cli, tmp_path):
     assert {lines[0]["file"], lines[0]["train_file"]} == {"a/7.jpg", "a/40.jpg"}
     pairs = {(line["file"], line["train_file"]) for line in lines[100:102]}
     assert pairs == {("b/3.jpg", "a/11.jpg"), ("b/5.jpg", "a/12.jpg")}
-    assert "2 test images have the features of a training image" in done.out
+    assert "2 test images equal a training image" in done.out
     x = normalize(train.astype(np.float64))
     expected = np.sort((x @ x.T)[np.triu_indices(160, 1)])[::-1][:100]
     found = [float(line["similarity"]) for line in lines[:100]]
@@ -375,27 +375,25 @@ def write_runs(*changes):
 
 
 @pytest.mark.parametrize(
-    "changes, group_seeds, columns",
+    "changes, columns",
     [
-        (SEEDS, True, ["byol ema 0.9", "byol ema 0.9", "byol ema 0.99"]),
-        (SEEDS[:2], False, ["byol seed 1", "byol seed 2"]),
-        ([{}, {}, dict(epochs=0, ema=3)], True, ["byol 0", "byol 1", "untrained"]),
-        ([dict(epochs=0, init="imagenet")], True, ["init imagenet"]),
+        (SEEDS, ["byol ema 0.9", "byol ema 0.9", "byol ema 0.99"]),
+        ([{}, {}, dict(epochs=0, ema=3)], ["byol 0", "byol 1", "untrained"]),
+        ([dict(epochs=0, init="imagenet")], ["init imagenet"]),
         # Many flags: by the folder.
-        ([{}, dict.fromkeys(("lr", "width", "ema", "augment"), 7)], True, ["byol", "byol 1"]),
+        ([{}, dict.fromkeys(("lr", "width", "ema", "augment"), 7)], ["byol", "byol 1"]),
     ],
 )
-def test_names_of_columns(changes, group_seeds, columns):
+def test_names_of_columns(changes, columns):
     """The method and the flags that differ; the run where nothing but its name differs."""
-    args = knn_eval.Args(inputs=write_runs(*changes), group_seeds=group_seeds)
-    assert [entry.column for entry in knn_eval.read_inputs(args)] == columns
+    assert [entry.column for entry in knn_eval.read_inputs(write_runs(*changes))] == columns
 
 
 def test_seeds_are_one_column(run_cli):
     """Runs that differ in the seed only are averaged."""
     done = run_cli(knn_eval, *write_runs(*SEEDS), "--ks", 1, 5)
-    header = next(line for line in done.out.splitlines() if line.split()[:1] == ["k"])
-    assert header.split() == "k byol ema 0.9 byol ema 0.99".split()
+    header = next(line for line in done.out.splitlines() if line.startswith("|"))
+    assert header.split() == "| k | byol ema 0.9 | byol ema 0.99 |".split()
     pair = [result["tables"]["knn"]["5"] for result in results("runs/knn")][:2]
     found = {(line["column"], line["k"]): line for line in rows("runs/knn/knn.csv")}
     line = found["byol ema 0.9", "5"]
@@ -405,33 +403,30 @@ def test_seeds_are_one_column(run_cli):
 
 
 def test_table_formats(run_cli, tmp_path):
-    """--table md and latex print the numbers of the aligned text."""
+    """The printed tables are Markdown, or LaTeX by --table latex, with the same numbers."""
     write(tmp_path / "a_b.npz")
-    text, md, latex = (
-        run_cli(knn_eval, tmp_path / "a_b.npz", "--ks", 1, 5, "--table", style).out
-        for style in ("text", "md", "latex")
-    )
-    cells = [line.split() for line in text.splitlines() if line.split()[:1] in (["1"], ["5"])]
-    for _, *values in cells:
-        assert f"| {values[0]} " in " ".join(md.split())
-        assert f"& {values[0]} " in " ".join(latex.split())
+    words = tmp_path / "a_b.npz", "--ks", 1, 5
+    md, latex = (run_cli(knn_eval, *words, *more).out for more in ([], ["--table", "latex"]))
+    (result,) = results(tmp_path / "a_b/knn")
+    for k in "15":
+        value = f"{100 * result['tables']['knn'][k]:.2f}"
+        assert f"| {k} | {value} |" in " ".join(md.split())
+        assert rf"{k} & {value} \\" in " ".join(latex.split())
     assert r"\begin{tabular}{lr}" in latex and r"a\_b" in latex and r"$\pm$" in latex
     lines = [line for line in md.splitlines() if line.startswith("|")]
     assert all(line.count("|") == 3 for line in lines) and set(lines[1]) == set("|- ")
 
 
-def test_other_options_go_to_another_folder(run_cli, tmp_path):
-    """A second evaluation with other options does not replace the files of the first."""
+def test_options_reach_the_vote_and_replace_earlier_files(run_cli, tmp_path):
+    """--metric, --vote and --whiten; tables that an evaluation does not make do not stay."""
     write(tmp_path / "embeddings.npz")
-    options = "--metric euclidean --vote softmax --whiten".split()
-    for words, name in (([], "knn"), (options, "knn-euclidean-softmax-whiten")):
-        run_cli(knn_eval, tmp_path, *words, "--ks", 5, says=[f"to {tmp_path / name}"])
+    options = "--metric euclidean --vote softmax --whiten --ks 5".split()
+    run_cli(knn_eval, tmp_path, *options, says=[f"to {tmp_path / 'knn'}"])
     data = dict(np.load(tmp_path / "embeddings.npz"))
     train, test = whiten(data["train_features"], data["test_features"])
     found = knn_sweep(train, data["train_labels"], test, [5], "euclidean", "softmax")[5]
-    (result,) = results(tmp_path / name)
+    (result,) = results(tmp_path / "knn")
     assert result["accuracy"] == (found == data["test_labels"]).mean()
-    # Tables that an evaluation does not make do not stay from an earlier one.
     assert (tmp_path / "knn/labels.csv").exists() and (tmp_path / "knn/knn.csv").exists()
     run_cli(knn_eval, tmp_path, "--ks", 5, "--labels-per-class")
     assert not (tmp_path / "knn/labels.csv").exists()
@@ -526,11 +521,9 @@ MISTAKES = {
     "other width": (dict(test_features=np.ones((60, 7))), [], "[8, 7]"),
     "no row": (dict(train_features=np.ones((0, 8))), [], "0 sample"),
     "meta": (dict(meta=np.array("[1]")), [], "a.npz"),
-    "k above n": ({}, ["--ks", 500], "--ks 500 is above 159"),
-    "one group": (dict(train_groups=np.zeros(160, int)), [], "less one group"),
-    "no k": ({}, ["--ks"], "--ks : give numbers above 0"),
-    "k": ({}, ["--ks", 0], "--ks 0"),
-    "no label": ({}, ["--labels-per-class", 0], "--labels-per-class 0"),
+    "k above n": ({}, ["--ks", 0, 500], "less their largest group, not (0, 500)"),
+    "one group": (dict(train_groups=np.zeros(160, int)), [], "--ks needs a number"),
+    "no k": ({}, ["--ks"], "--ks needs a number"),
     "temperature": ({}, ["--temperature", 0], "--temperature 0"),
     "output": ({}, ["--output", __file__], "--output"),
     "output of others": ({}, ["--output", Path(__file__).parent], "holds other files"),
