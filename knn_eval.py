@@ -530,14 +530,20 @@ def closeness(distance, args):
 
 
 def draw_neighbors(entry, get, args):
-    """Eight queries, the last four wrong if there are so many, and their nearest images."""
+    """Eight queries, up to four of them wrong, each with its six nearest training images."""
     from matplotlib.figure import Figure
 
     train, queries, rng = entry.voters, entry.queries, np.random.default_rng(0)
-    wrong, rows = entry.predicted != queries.labels, rng.permutation(len(queries))
-    # The wrong ones last.
-    rows = rows[np.argsort(wrong[rows])]
-    rows = [*rows[:4], *rows[4:][-4:]]
+    wrong = entry.predicted != queries.labels
+
+    def pick(rows, n):
+        rows = rng.permutation(rows)
+        # One of each class first.
+        first = rng.permutation(np.unique(queries.labels[rows], return_index=True)[1])
+        return [*rows[first], *np.delete(rows, first)][:n]
+
+    rows = pick(np.flatnonzero(wrong), 4)
+    rows = pick(np.flatnonzero(~wrong), 8 - len(rows)) + rows
     chosen, wrong = queries[rows], wrong[rows]
     distances, neighbors = nearest_images(train, chosen, 6, args)
     figure = Figure(figsize=(9, 12), layout="constrained")
@@ -556,7 +562,8 @@ def draw_neighbors(entry, get, args):
         for ax, image, label, number, right in zip(axes[i], images, labels, numbers, good):
             ax.imshow(image)
             ax.set_title(entry.class_name(label) + number, fontsize=8)
-            ax.spines[:].set_color("0.7" if right else "tab:red")
+            unknown = "suspects.csv" not in entry.tables
+            ax.spines[:].set_color("0.7" if unknown else "tab:green" if right else "tab:red")
             ax.spines[:].set_linewidth(3)
     return figure
 
