@@ -5,7 +5,6 @@ gradient depends on these here: `build_encoder`, `gather` and `distribute` (seve
 `epoch_order` (the images of a batch), `seed_draws` (random numbers).
 """
 
-import copy
 import csv
 import glob
 import hashlib
@@ -129,7 +128,8 @@ def resolve(args, recipes, n=50_000):
         args = replace(args, warmup_epochs=args.epochs / 10)
 
     # Below 16 channels, oneDNN's backward of strided 1x1 convolutions corrupts memory (its #6035).
-    least = dict(width=16, batch_size=2 * WORLD_SIZE, knn_k=1, checkpoint_every=1)
+    least = dict(width=16, batch_size=2 * WORLD_SIZE, image_size=4, temperature=1e-6)
+    least |= dict.fromkeys("hidden_dim projection_dim knn_k checkpoint_every".split(), 1)
     for key, value in vars(args).items():
         if isinstance(value, int | float):
             low, flag = least.get(key, 0), key.replace("_", "-")
@@ -366,7 +366,7 @@ def choose_form(sizes, values, window, fit):
     if fit == "crop" and (short / long).mean() < 0.5:
         note("note: center squares keep less than half of the pixels; see --fit pad and stretch")
     deep = len(values) > len(sizes) / 2
-    fits = not window or (deep and window[0] < window[1])
+    fits = not window or (deep and -math.inf < window[0] < window[1] < math.inf)
     check(fits, f"--window {window} must be LOW HIGH, and is for images with more than 8 bits")
     if deep and not window:
         low, high = np.percentile(np.concatenate(values), (0.1, 99.9)).tolist()
@@ -424,14 +424,17 @@ def _npz(dataset, path):
     parts = ("train", "test")
     optional = [f"{part}_{name}" for part in parts for name in ("images", "labels", "groups")]
     arrays = read_npz(path, "train_images", optional)
-    first, images, labels, extra = arrays["train_images"], [], [], {}
+    first, images, labels, extra = np.atleast_1d(arrays["train_images"]), [], [], {}
     for part in parts:
         x = arrays.get(f"{part}_images", first[:0])
         form = f"{str(path)!r}: {part}_images must be numbers [N, H, W] or [N, H, W, C], H and W"
         fits = x.ndim in (3, 4) and min(x.shape[1:3]) >= 4 and x.shape[3:] <= (32,)
         fits = fits and len(first) and x.dtype.kind in "uif" and x.dtype == first.dtype
         fits = fits and x.shape[3:] == first.shape[3:]
-        check(fits, f"{form} from 4, C to 32, as in train_images, not {x.dtype} {list(x.shape)}")
+        check(
+            fits,
+            f"{form} from 4, N from 1, C to 32, as in train_images, not {x.dtype} {list(x.shape)}",
+        )
         y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
         groups = arrays.get(f"{part}_groups", y).flatten()
         form = f"{str(path)!r}: {part}_labels must be {len(x)} integers, -1 for unlabelled"
@@ -440,7 +443,7 @@ def _npz(dataset, path):
         if f"{part}_groups" in arrays:
             extra[f"{part}_groups"] = groups
         images.append(x)
-        labels.append(y)
+        labels.append(y.astype(np.int64))
     return images, labels, [], extra
 
 
@@ -452,8 +455,9 @@ def _image_files(root):
 
     Links are followed; hidden files and folders are left out.
     """
+    check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
     names, others = [], Counter()
-    for name in sorted(glob.glob("**", root_dir=root, recursive=True)):
+    for name in sorted(glob.glob("**", root_dir=root, recursive=True), key=os.path.split):
         ending = Path(name).suffix
         if ending.lower() in IMAGE_ENDINGS:
             names.append(name)
@@ -521,8 +525,10 @@ def _read_table(path, names):
     check(known, f"--labels {path!r} needs the columns file and label in line 1, not {columns}")
     rows, names, mistakes = {}, {*names}, []
     for number, row in lines:
-        # None: values beyond the last column.
-        row = {key: value.strip() for key, value in row.items() if key}
+        # Values beyond the last column.
+        if any(row.pop(None, ())):
+            mistakes.append(f"line {number}: more values than columns")
+        row = {key: value.strip() for key, value in row.items()}
         name, split = os.path.normpath(row["file"]), row.get("split") or "train"
         if name not in names:
             mistakes.append(f"line {number}: {name!r} is not an image below --data-dir")
@@ -620,7 +626,10 @@ def read_image(path, side, window=None, fit="crop"):
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        image = square(image.convert("RGB"), side, fit)
+        image = image.convert("RGB")
+        # Before the resize, the square of a panorama would fill the memory.
+        pad = fit == "pad"
+        image = ImageOps.pad(image, (side, side)) if pad else square(image, side, fit)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -692,7 +701,7 @@ def build_encoder(name, image_size, width=64, channels=3):
             return super()._make_layer(block, planes * width // 64, *args, **kwargs)
 
     blocks = dict(resnet10=[1] * 4, resnet18=[2] * 4, resnet34=[3, 4, 6, 3], resnet50=[3, 4, 6, 3])
-    check(name in blocks, f"encoder {name} is not one of {', '.join(blocks)}")
+    check(name in blocks, f"encoder {name} is not one of {', '.join(blocks)}; build it yourself")
     block = resnet.Bottleneck if name == "resnet50" else resnet.BasicBlock
     encoder = ResNet(block, blocks[name])
     encoder.bn1 = nn.BatchNorm2d(width)
@@ -795,13 +804,19 @@ def embed(encoder, images, part, rows=slice(None)):
     """Features [N, D] float32 of rows of images.train or images.test, in eval mode."""
     pixels, size = getattr(images, part), images.size
     rows = torch.arange(len(pixels), device=pixels.device)[rows]
-    # A copy, so that modules that you froze stay as they are.
-    encoder, features = copy.deepcopy(encoder).eval(), []
+    # Some modules of your encoder may be frozen.
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    features = []
     # 500 images of 224 pixels would take 5 GB.
     for batch in take(pixels, rows.split(min(500, 2**21 // size**2 + 1)), images.mean.device):
         batch = normalize(square(batch, size), images.mean, images.std)
-        features.append(encoder(batch).cpu())
-    return torch.cat(features).numpy()
+        features.append(encoder(batch).float().cpu())
+    for module, mode in modes:
+        module.training = mode
+    features = torch.cat(features)
+    check(features.isfinite().all(), "the features are not finite; a lower --lr may help")
+    return features.numpy()
 
 
 def spread(z):
@@ -1007,10 +1022,14 @@ class Run:
         self.tracker = Tracker(
             self.args, self.dir, name=self.dir.name, group=group, config=config, id=self.wandb_id
         )
-        self._write_log()
-        if self.records and self.first_step % self.steps_per_epoch == 0:
-            # Evaluate the epoch of the checkpoint.
+        path = self.dir / "log.jsonl"
+        logged = [*map(json.loads, path.open())][: len(self.records)] if path.exists() else []
+        # The log may hold the evaluation of the last epoch, which the checkpoint precedes.
+        self.records[: len(logged)] = logged
+        if len(logged) < len(self.records):
             self._log()
+        else:
+            self._write_log()
 
     def draw_views(self, draw):
         """views.png: each row an image, then three pairs of views by draw(images) -> (v1, v2)."""

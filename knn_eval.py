@@ -17,7 +17,6 @@ import csv
 import json
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 import warnings
@@ -266,7 +265,7 @@ def read_inputs(names):
     sets = {str(entry.meta.get("dataset")) for entry in inputs}
     for entry in inputs:
         entry.column = entry.meta.get("method", entry.name)
-        other = "method", "dataset", "seed", "cache_dir"
+        other = "method", "dataset", "seed", "cache_dir", "images"
         entry.keys = [key for key in entry.meta if key not in other]
         if entry.meta.get("epochs") == 0:
             init = entry.meta.get("init")
@@ -510,7 +509,7 @@ def closest_pairs(entry, args):
         distances, neighbors = nearest_images(train, part, 20, args)
         equal = (distances[:, :1] < 1e-4).sum()
         if equal and part is not train:
-            print(f"{entry.name}: {equal} test images equal a training image: a leak")
+            print(f"{entry.name}: {equal} test images have a training image's features: a leak")
         closest = np.argsort(distances, axis=None, kind="stable")[:200]
         i, j = np.unravel_index(closest, distances.shape)
         pairs = zip(distances[i, j], i, neighbors[i, j])
@@ -723,7 +722,7 @@ def main(args):
     """Evaluate every input, then write the files. Returns the results."""
     from matplotlib import rc_context
 
-    from common import Tracker, check, pick_device, user_errors
+    from common import Tracker, atomic_write, check, pick_device, user_errors
 
     check(args.temperature > 0, f"--temperature {args.temperature} must be above 0")
     device = pick_device(args.device)
@@ -739,9 +738,8 @@ def main(args):
     inputs = runs + (pixels_of(runs) if args.pixels else [])
     results = [evaluate(entry, args) for entry in inputs]
     # In a folder of their own first: a failure leaves earlier files as they are.
-    with tempfile.TemporaryDirectory() as place, user_errors(failed, OSError):
-        new = Path(place, "knn")
-        new.mkdir()
+    with tempfile.TemporaryDirectory() as place:
+        new = Path(place)
         # A $ in a name starts no formula.
         with rc_context({"text.parse_math": False}):
             report(results, args, new)
@@ -749,16 +747,23 @@ def main(args):
                 # A folder for each of several runs.
                 part = re.sub(r"[^\w-]+", "_", entry.name) if len(runs) > 1 else ""
                 details(entry, args, new / part)
-        for name in KNOWN:
-            (folder / name).unlink(missing_ok=True)
-        shutil.copytree(new, folder, dirs_exist_ok=True)
+        # First the file by which the folder is known as ours.
         names = sorted(path.name for path in new.iterdir() if path.is_file())
+        files = sorted(filter(Path.is_file, new.rglob("*")), key=lambda p: p.name != "knn.json")
+        with user_errors(failed, OSError):
+            for path in files:
+                target = folder / path.relative_to(new)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(target) as file:
+                    file.write(path.read_bytes())
+            for name in {*KNOWN} - {*names}:
+                (folder / name).unlink(missing_ok=True)
     print(f"\nwrote {', '.join(names)} to {folder}")
     name = f"knn-{runs[0].column}"
     tracker = Tracker(args, folder, name=name, group="knn", config=asdict(args))
     for column, k, accuracy, _ in summarize(results, "knn"):
         tracker.log({"k": k, f"knn/{column}": accuracy})
-    tracker.log({path.stem: path for path in folder.glob("*.png")})
+    tracker.log({name[:-4]: folder / name for name in names if name.endswith(".png")})
     tracker.finish()
     return results
 

@@ -185,12 +185,12 @@ def test_kill_resumes_to_the_same_bytes(train, tiny, finished, folder):
     command = [sys.executable, "-c", KILL]
     words = flags(**tiny(run_dir=folder, resume=True))
     # Before the first checkpoint takes its name, in mid-epoch, before encoder.pt takes its name.
-    for moment in ("replace 4", "record 5", "replace 10"):
+    for moment in ("replace 4", "record 5", "replace 9"):
         environment = dict(os.environ, PYTHONPATH=str(ROOT))
         done = subprocess.run([*command, *moment.split(), *words], env=environment)
         assert done.returncode == -signal.SIGKILL
         assert (folder / "checkpoint.pt").exists() == (moment != "replace 4")
-        assert (folder / "embeddings.npz").exists() == (moment == "replace 10")
+        assert (folder / "embeddings.npz").exists() == (moment == "replace 9")
         assert not (folder / "encoder.pt").exists()
     assert read_checkpoint(folder)["step"] == 9
     train(byol, resume=True)
@@ -261,7 +261,8 @@ def test_other_epochs_end_or_prolong_a_run(stopped, train, folder, finished):
     assert outcome(folder) == outcome(finished("simclr"))
     # An unset warm-up, and BYOL's unset EMA, follow the number of epochs.
     train(resume=True, epochs=5, warmup_epochs=None)
-    assert [record["epoch"] for record in read_log(folder)] == [1, 2, 3, 4, 5]
+    evaluated = {record["epoch"]: "knn_acc" in record for record in read_log(folder)}
+    assert evaluated == {1: False, 2: False, 3: True, 4: False, 5: True}
     shutil.copytree(finished("byol"), folder.parent / "byol")
     words = dict(run_dir=folder.parent / "byol", resume=True, epochs=4, ema=0.95)
     train(byol, **words)

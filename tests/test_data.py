@@ -319,6 +319,7 @@ def test_window_flag(run_cli, tmp_path):
 @pytest.mark.parametrize(
     "words, says",
     [
+        ("--window 0 inf", "--window (0.0, inf) must be LOW HIGH"),
         ("--window 0 100", "--window (0.0, 100.0) must be LOW HIGH, and is for images with more"),
         ("--labels nowhere.csv", "cannot read --labels 'nowhere.csv'"),
         ("--dataset digits --labels x.csv", "--labels needs --dataset folder"),
@@ -396,6 +397,7 @@ def table(folder, *lines):
         ("file,label\n00.png,\n01.png, ", ["the column label is empty"]),
         ("name,label\n00.png,a", ["columns file and label in line 1, not ['name', 'label']"]),
         ("file,label,split\n00.png,a,dev\n01.png,b", ["split is 'dev'"]),
+        ("file,label\n00.png,a,test\n01.png,b", ["line 2: more values than columns"]),
         ("file;label\n00.png;a", ["not ['file;label']"]),
     ],
 )
@@ -656,6 +658,8 @@ MALFORMED = {
     "other channels": ("test_images", noise(9, 8, 8, 2), "test_images must be"),
     "33 channels": ("train_images", noise(9, 8, 8, 33), "C to 32"),
     "channels first": ("train_images", noise(9, 3, 8, 8), "H and W from 4"),
+    "no image": ("train_images", noise(0, 8, 8), "N from 1"),
+    "scalar": ("train_images", np.array(1), "train_images"),
     "nan": ("train_images", np.full((9, 8, 8), np.nan, np.float32), "not finite"),
     "too few labels": ("train_labels", np.arange(8), "must be 9 integers"),
     "float labels": ("train_labels", np.zeros(9), "float64"),

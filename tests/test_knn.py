@@ -305,7 +305,7 @@ def test_pairs_and_leaks(run_cli, tmp_path):
     assert {lines[0]["file"], lines[0]["train_file"]} == {"a/7.jpg", "a/40.jpg"}
     pairs = {(line["file"], line["train_file"]) for line in lines[100:102]}
     assert pairs == {("b/3.jpg", "a/11.jpg"), ("b/5.jpg", "a/12.jpg")}
-    assert "2 test images equal a training image" in done.out
+    assert "2 test images have a training image's features" in done.out
     x = normalize(train.astype(np.float64))
     expected = np.sort((x @ x.T)[np.triu_indices(160, 1)])[::-1][:100]
     found = [float(line["similarity"]) for line in lines[:100]]
