@@ -747,8 +747,8 @@ def main(args):
                 # A folder for each of several runs.
                 part = re.sub(r"[^\w-]+", "_", entry.name) if len(runs) > 1 else ""
                 details(entry, args, new / part)
-        # First the file by which the folder is known as ours.
         names = sorted(path.name for path in new.iterdir() if path.is_file())
+        # First the file by which the folder is known as ours.
         files = sorted(filter(Path.is_file, new.rglob("*")), key=lambda p: p.name != "knn.json")
         with user_errors(failed, OSError):
             for path in files:
