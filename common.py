@@ -303,7 +303,7 @@ def load_images(
         arrays, ids, class_names, extra = load(dataset, root)
         sizes = [sorted(arrays[0].shape[1:3])]
         values = [sample_pixels(arrays[0], 10**6)] if arrays[0].dtype != np.uint8 else []
-    usual, window = choose_form(sizes, values, window, fit)
+    usual, window = size_and_window(sizes, values, window, fit)
     image_size = image_size or min(224, usual)
     if dataset == "folder":
         # Larger than the encoder's input, for the crops.
@@ -357,7 +357,7 @@ def sample_pixels(values, n):
     return np.random.default_rng(0).choice(np.ravel(values), n)
 
 
-def choose_form(sizes, values, window, fit):
+def size_and_window(sizes, values, window, fit):
     """The usual side of the squares, and the window of most images with more than 8 bits.
 
     sizes: sorted sides of sampled images; values: pixels of each of them with more than 8 bits.

@@ -805,6 +805,22 @@ def test_knn_monitor_without_labels():
     assert found == dict(effective_rank=pytest.approx(expected))
 
 
+def test_embed_gives_finite_float32():
+    """Of an encoder in bf16 too; features that are not finite are a UserError."""
+
+    class Scaled(torch.nn.Module):
+        factor = 1.0
+
+        def forward(self, x):
+            return (self.factor * x.flatten(1)).bfloat16()
+
+    images, encoder = common.load_images("digits"), Scaled()
+    assert common.embed(encoder, images, "test").dtype == np.float32
+    encoder.factor = 1e39
+    with pytest.raises(common.UserError, match="features are not finite"):
+        common.embed(encoder, images, "test")
+
+
 def test_spread_of_embeddings():
     """1 for isotropic embeddings, 0 for collapsed ones of any length."""
     z = torch.randn(4000, 64)
