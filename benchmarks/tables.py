@@ -50,7 +50,6 @@ COMPILED = {"variant/step": "compiled / eager", **NOISE}
 LIGHTLY = {
     "step/lightly shipped": "full step / lightly as shipped",
     "step/lightly tuned": "full step / lightly, tuned",
-    **COMPILED,
 }
 
 
@@ -81,9 +80,11 @@ def lines_of(name):
 
 def recorded(name):
     """{pixels, untrained or method: its lines in a recorded file, a seed each}."""
-    lines = lines_of(name)
-    found = {column: [line for line in lines if line["name"] == column] for column in COLUMNS}
-    return {column: runs for column, runs in found.items() if runs}
+    found = {}
+    for line in lines_of(name):
+        # The name of a run on a folder goes on with its flags.
+        found.setdefault(line["name"].split(" --dataset")[0], []).append(line)
+    return {column: found[column] for column in COLUMNS if column in found}
 
 
 def accuracies(name, key):
@@ -244,6 +245,8 @@ def render(text):
     tables = dict(
         digits=few_labels(DIGITS, ("1", "5", "20"), "labels per digit"),
         cifar10=few_labels(CIFAR10, ("1", "10", "100"), "labels per class"),
+        few100=few_labels("few100-cpu", ("1", "10"), "1,000 images: labels per class"),
+        few500=few_labels("few500-cpu", ("1", "10", "100"), "5,000 images: labels per class"),
         digits_sweep=sweep(DIGITS),
         cifar10_sweep=sweep(CIFAR10),
         versus_lightly=versus_lightly(),
@@ -252,7 +255,8 @@ def render(text):
         throughput=throughput("throughput-cpu-bf16", STEP),
         avx512=throughput("throughput-cpu-avx512", STEP),
         compiled=throughput("throughput-cpu-compile", COMPILED),
-        lightly=throughput("throughput-cpu", LIGHTLY),
+        lightly=throughput("throughput-cpu", LIGHTLY | COMPILED),
+        resnet18=throughput("throughput-cpu-resnet18", LIGHTLY | NOISE),
     )
 
     def table(found):
