@@ -245,8 +245,7 @@ def render(text):
     tables = dict(
         digits=few_labels(DIGITS, ("1", "5", "20"), "labels per digit"),
         cifar10=few_labels(CIFAR10, ("1", "10", "100"), "labels per class"),
-        few100=few_labels("few100-cpu", ("1", "10"), "1,000 images: labels per class"),
-        few500=few_labels("few500-cpu", ("1", "10", "100"), "5,000 images: labels per class"),
+        few100=few_labels("few100-cpu", ("1", "10"), "labels per class"),
         digits_sweep=sweep(DIGITS),
         cifar10_sweep=sweep(CIFAR10),
         versus_lightly=versus_lightly(),

@@ -215,6 +215,10 @@ def test_figures_are_recorded():
         assert f"kNN accuracy {plain:.1f} %, {white:.1f} % with whitened features" in text
         assert f"raw pixels {100 * pixels['accuracy_at_chosen_k']:.1f} %" in text
         assert f"{runs[0]['seconds'] / 60:.0f} minutes on one core" in text
+    lines = map(json.loads, (ROOT / "benchmarks/results/few100-cpu.jsonl").open())
+    few = {line["name"].split()[0]: 100 * line["accuracy_at_chosen_k"] for line in lines}
+    says = "pixels get {:.1f} %, SimCLR {:.1f} %, BYOL {:.1f} %, Barlow Twins {:.1f} %"
+    assert says.format(few["pixels"], *map(few.get, methods)) in flat(TEXT)
     speed = json.loads((ROOT / "benchmarks/results/throughput-cpu.json").read_text())["methods"]
     faster = [speed[name]["ratios"]["step/lightly tuned"]["ratio"] for name in methods]
     says = "is {:.1f} (SimCLR), {:.1f} (BYOL) and {:.1f} (Barlow Twins) times as fast"
