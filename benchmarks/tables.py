@@ -82,7 +82,7 @@ def recorded(name):
     """{pixels, untrained or method: its lines in a recorded file, a seed each}."""
     found = {}
     for line in lines_of(name):
-        # The name of a run on a folder goes on with its flags.
+        # The names of runs on a folder end in their flags.
         found.setdefault(line["name"].split(" --dataset")[0], []).append(line)
     return {column: found[column] for column in COLUMNS if column in found}
 
