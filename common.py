@@ -834,11 +834,13 @@ def knn_monitor(encoder, images, k):
 
     labels, test_labels = images.train_labels.numpy(), images.test_labels.numpy()
     rows, test_rows = ((part != -1).nonzero()[0] for part in (labels, test_labels))
+    # The rows that knn_eval.py's effective rank takes, labelled or not.
+    sample = slice(None, None, math.ceil(len(labels) / 2048))
+    record = dict(effective_rank=effective_rank(embed(encoder, images, "train", sample)))
     if len(rows) < 2:
-        rows = np.arange(0, len(labels), math.ceil(len(labels) / 2048))
-        return dict(effective_rank=effective_rank(embed(encoder, images, "train", rows)))
+        return record
     train, known = embed(encoder, images, "train", rows), labels[rows]
-    record, test, truth, groups = dict(effective_rank=effective_rank(train)), None, known, None
+    test, truth, groups = None, known, None
     # More neighbors than a class has images would outvote it.
     most = np.bincount(known).max()
     if len(test_rows):

@@ -774,10 +774,11 @@ def test_knn_monitor_equals_knn_sweep(k, part):
     k is at most the size of the largest class.
     """
     images, encoder, groups = common.load_images("digits"), torch.nn.Flatten(), None
-    # Unlabelled images do not vote.
+    # Unlabelled images do not vote, but count in the effective rank.
     images.train_labels[::9] = -1
     known = images.train_labels.numpy() >= 0
-    x, y = common.embed(encoder, images, "train")[known], images.train_labels.numpy()[known]
+    features = common.embed(encoder, images, "train")
+    x, y = features[known], images.train_labels.numpy()[known]
     queries, truth = common.embed(encoder, images, "test"), images.test_labels.numpy().copy()
     if part != "test":
         images.test_labels.fill_(-1)
@@ -788,7 +789,7 @@ def test_knn_monitor_equals_knn_sweep(k, part):
     found = common.knn_monitor(encoder, images, k)
     k = min(k, np.bincount(y).max() - (part != "test"))
     accuracy = (knn_eval.knn_sweep(x, y, queries, [k], groups=groups)[k] == truth).mean()
-    assert found == dict(effective_rank=knn_eval.effective_rank(x), knn_acc=accuracy)
+    assert found == dict(effective_rank=knn_eval.effective_rank(features), knn_acc=accuracy)
     # The images of one group have no others.
     images.test_labels.fill_(-1)
     images.extra["train_groups"] = np.zeros(1437)
