@@ -59,6 +59,8 @@ class Args:
     """more flags, of a second step to compare with"""
     lightly: bool = True
     """compare with lightly"""
+    shipped: bool = True
+    """also as shipped, which takes long where a step does"""
     blocks: int = 8
     """blocks; each contender has two turns in each"""
     seconds: float = 5.0
@@ -227,6 +229,7 @@ def contenders_of(method, args, images):
         found["variant"] = Step(method, changed, images)
     if args.lightly:
         found["lightly tuned"] = Lightly(method, base, images, tuned=True)
+    if args.lightly and args.shipped:
         shipped = replace(base, precision="fp32", compile=False)
         found["lightly shipped"] = Lightly(method, shipped, images, tuned=False)
     return {**found, "again": step}
