@@ -499,7 +499,8 @@ def _list_folder(root, table):
     check(not unknown or not class_names, f"train/ lacks classes of test images: {[*unknown][:5]}")
     unlabelled = sum(name not in class_names for name in labels[0])
     if unlabelled:
-        hint = f"the others are of {len(class_names)} classes: {', '.join(class_names[:10])}"
+        shown = ", ".join(class_names[:10]) + ", ..." * (len(class_names) > 10)
+        hint = f"the others are of {len(class_names)} classes: {shown}"
         hint = hint if class_names else "label them by two folders train/<class>/ or by --labels"
         note(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
     if others:
