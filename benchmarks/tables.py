@@ -230,12 +230,14 @@ def kernels():
     return rows(["", "", "kernels", "GB moved"], lines)
 
 
-def throughput(name, titles):
-    """Ratios of samples per second in one file of benchmarks/throughput.py."""
-    methods, lines = load(name)["methods"], []
+def throughput(titles, *names):
+    """Ratios of samples per second in files of benchmarks/throughput.py."""
+    methods, lines = {}, []
+    for name in names:
+        methods |= load(name)["methods"]
     for key, title in titles.items():
-        ratios = [method["ratios"][key] for method in methods.values()]
-        cells = (f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in ratios)
+        ratios = [method["ratios"].get(key, "") for method in methods.values()]
+        cells = (r and f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in ratios)
         lines.append([title, *cells])
     return rows(["samples per second", *map(COLUMNS.get, methods)], lines)
 
@@ -246,16 +248,17 @@ def render(text):
         digits=few_labels(DIGITS, ("1", "5", "20"), "labels per digit"),
         cifar10=few_labels(CIFAR10, ("1", "10", "100"), "labels per class"),
         few100=few_labels("few100-cpu", ("1", "10"), "labels per class"),
+        few500=few_labels("few500-cpu", ("1", "10", "100"), "labels per class"),
         digits_sweep=sweep(DIGITS),
         cifar10_sweep=sweep(CIFAR10),
         versus_lightly=versus_lightly(),
         ops=ops(),
         kernels=kernels(),
-        throughput=throughput("throughput-cpu-bf16", STEP),
-        avx512=throughput("throughput-cpu-avx512", STEP),
-        compiled=throughput("throughput-cpu-compile", COMPILED),
-        lightly=throughput("throughput-cpu", LIGHTLY | COMPILED),
-        resnet18=throughput("throughput-cpu-resnet18", LIGHTLY | NOISE),
+        throughput=throughput(STEP, "throughput-cpu-bf16"),
+        avx512=throughput(STEP, "throughput-cpu-avx512"),
+        compiled=throughput(COMPILED, "throughput-cpu-compile"),
+        lightly=throughput(LIGHTLY | COMPILED, "throughput-cpu"),
+        resnet18=throughput(LIGHTLY | NOISE, "throughput-cpu-resnet18"),
     )
 
     def table(found):

@@ -216,10 +216,11 @@ def test_figures_are_recorded():
         assert f"raw pixels {100 * pixels['accuracy_at_chosen_k']:.1f} %" in text
         minutes = sorted({round(run["seconds"] / 60) for run in runs})
         assert f"{' to '.join(map(str, minutes[:1] + minutes[1:][-1:]))} minutes on one" in text
-    lines = map(json.loads, (ROOT / "benchmarks/results/few100-cpu.jsonl").open())
-    few = {line["name"].split()[0]: 100 * line["accuracy_at_chosen_k"] for line in lines}
-    says = "pixels get {:.1f} %, SimCLR {:.1f} %, BYOL {:.1f} %, Barlow Twins {:.1f} %"
-    assert says.format(few["pixels"], *map(few.get, methods)) in flat(TEXT)
+    for n, images in ((100, "1,000 images of CIFAR-10"), (500, "5,000 images")):
+        lines = map(json.loads, (ROOT / f"benchmarks/results/few{n}-cpu.jsonl").open())
+        few = {line["name"].split()[0]: 100 * line["accuracy_at_chosen_k"] for line in lines}
+        says = ", pixels get {:.1f} %, SimCLR {:.1f} %, BYOL {:.1f} %, Barlow Twins {:.1f} %"
+        assert images + says.format(few["pixels"], *map(few.get, methods)) in flat(TEXT)
     speed = json.loads((ROOT / "benchmarks/results/throughput-cpu.json").read_text())["methods"]
     faster = [speed[name]["ratios"]["step/lightly tuned"]["ratio"] for name in methods]
     says = "is {:.1f} (SimCLR), {:.1f} (BYOL) and {:.1f} (Barlow Twins) times as fast"
