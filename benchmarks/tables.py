@@ -258,7 +258,9 @@ def render(text):
         avx512=throughput(STEP, "throughput-cpu-avx512"),
         compiled=throughput(COMPILED, "throughput-cpu-compile"),
         lightly=throughput(LIGHTLY | COMPILED, "throughput-cpu"),
-        resnet18=throughput(LIGHTLY | NOISE, "throughput-cpu-resnet18"),
+        resnet18=throughput(
+            LIGHTLY | NOISE, "throughput-cpu-resnet18", "throughput-cpu-resnet18-more"
+        ),
     )
 
     def table(found):
