@@ -177,7 +177,7 @@ def set_up(args):
         precision = "bf16" if native else "fp16" if cuda else "fp32"
         if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
             # Of a ResNet-18 (benchmarks/README.md, speed). float32 gives the same bytes everywhere.
-            note("note: on this processor --precision bf16 is 1.8 times as fast (with AMX 2.4)")
+            note("note: on this processor --precision bf16 is 1.7 times as fast (with AMX 2.4)")
     check(cuda or precision != "fp16", f"--precision fp16 needs --device cuda, not {device.type}")
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)

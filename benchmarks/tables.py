@@ -218,15 +218,12 @@ def ops():
 
 
 def kernels():
-    """Kernels and bytes of the views, before and after both became one batch."""
-    before, now = (
-        [line for line in load(name)["lines"] if line["part"] == "two_views"]
-        for name in ("kernels-before", "kernels")
-    )
+    """Kernels and bytes of the views."""
     lines = []
-    for old, new in zip(before, now):
-        counts = f"{old['kernels']} → {new['kernels']}", f"{old['gb']:.2f} → {new['gb']:.2f}"
-        lines.append([COLUMNS[new["method"]], f"{new['size']} px", *counts])
+    for line in load("kernels")["lines"]:
+        if line["part"] == "two_views":
+            counts = line["kernels"], f"{line['gb']:.2f}"
+            lines.append([COLUMNS[line["method"]], f"{line['size']} px", *counts])
     return rows(["", "", "kernels", "GB moved"], lines)
 
 
@@ -255,7 +252,6 @@ def render(text):
         ops=ops(),
         kernels=kernels(),
         throughput=throughput(STEP, "throughput-cpu-bf16"),
-        avx512=throughput(STEP, "throughput-cpu-avx512"),
         compiled=throughput(COMPILED, "throughput-cpu-compile"),
         lightly=throughput(LIGHTLY | COMPILED, "throughput-cpu"),
         resnet18=throughput(
