@@ -305,13 +305,13 @@ def load_images(
         values = [sample_pixels(arrays[0], 10**6)] if arrays[0].dtype != np.uint8 else []
     usual, window = size_and_window(sizes, values, window, fit)
     image_size = image_size or min(224, usual)
+    # Larger than the encoder's input, for the crops, where the images are.
+    side = max(image_size, min(image_size * 3 // 2, usual))
     if dataset == "folder":
-        # Larger than the encoder's input, for the crops.
-        side = max(image_size, min(image_size * 3 // 2, usual))
         images = _decode_folder(root, files, Path(cache_dir), side, window, fit)
     else:
         with user_errors(f"cannot use {data_dir!r}", ValueError):
-            images = [_squares(array, image_size, window, fit) for array in arrays]
+            images = [_squares(array, side, window, fit) for array in arrays]
     both = {*extra.get("train_groups", ())} & {*extra.get("test_groups", ())}
     if both:
         note(f"warning: {len(both)} groups are in training and test: accuracies are too high")
@@ -447,7 +447,7 @@ def _npz(dataset, path):
     return images, labels, [], extra
 
 
-IMAGE_ENDINGS = ".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2".split()
+IMAGE_ENDINGS = ".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm".split()
 
 
 def _image_files(root):
@@ -462,7 +462,7 @@ def _image_files(root):
         if ending.lower() in IMAGE_ENDINGS:
             names.append(name)
         elif not os.path.isdir(root / name):
-            others[ending] += 1
+            others[ending or "without ending"] += 1
     with user_errors(f"--data-dir {str(root)!r}: rename files, their names must be UTF-8"):
         "".join(names).encode()
     return names, others
@@ -491,7 +491,9 @@ def _list_folder(root, table):
         files[i].append(name)
         labels[i].append(row.get("label") or None if table else folder)
         groups[i].append(row.get("group") or name)
-    check(files[0], f"--data-dir {str(root)!r}: no images found, in train/ if there is one")
+    ignored = ", ".join(f"{n} {key}" for key, n in others.items())
+    none = f"--data-dir {str(root)!r}: no images found, in train/ if there is one"
+    check(files[0], f"{none}; ignored: {ignored or 'no files'}")
     class_names = sorted({*labels[0]} - {None})
     # A single class says nothing, as in train/images/*.
     class_names = class_names if len(class_names) > 1 else []
@@ -504,7 +506,6 @@ def _list_folder(root, table):
         hint = hint if class_names else "label them by two folders train/<class>/ or by --labels"
         note(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
     if others:
-        ignored = ", ".join(f"{n} {key}" for key, n in others.items())
         note(f"note: ignored in {str(root)!r}: {ignored}")
     ids = {name: i for i, name in enumerate(class_names)}
     labels = [[ids.get(name, -1) for name in part] for part in labels]
@@ -577,7 +578,7 @@ def _decode_folder(root, files, cache_dir, side, window, fit):
         try:
             return read_image(root / name, side, window, fit).tobytes()
         except UserError as error:
-            broken.append(f"{error}; fix, convert or delete it")
+            broken.append(f"{error}; fix or delete it, or give all images by --dataset npz")
 
     failed = f"cannot use {str(root)!r} with --cache-dir {str(cache_dir)!r}"
     with user_errors(failed, (OSError, ValueError)):
@@ -609,13 +610,18 @@ def read_image(path, side, window=None, fit="crop"):
         frames, bands = getattr(image, "n_frames", 1), len(image.getbands())
         # MPO: a photograph with another of its views.
         if frames > 1 and image.format != "MPO":
-            raise ValueError(f"{frames} frames; save each as a file, or all by --dataset npz")
+            raise ValueError(f"{frames} frames; save each as a file")
         # Of TIFF: samples per pixel, and the bits of each.
         tags = getattr(image, "tag_v2", {})
         samples, bits = tags.get(277, bands), max(tags.get(258, (8,)))
-        deep, wide = image.mode[0] in "IF", bits > 8 or re.search(";16|'ppm'", str(image.tile))
+        deep, tile = image.mode[0] in "IF", str(image.tile)
+        # How Pillow decodes a PPM file ends in its largest value.
+        most = int(re.findall(r"\d+", tile)[-1]) if "'ppm" in tile else 0
+        wide = bits > 8 or most > 255 or ";16" in tile
         if samples != bands or (wide and not deep):
-            raise ValueError("Pillow drops channels or bits; use --dataset npz")
+            raise ValueError("Pillow drops channels or bits")
+        if tags and image.mode == "RGBA":
+            raise ValueError("4 channels; if one is transparency, save as .png")
         if deep != (window is not None):
             raise ValueError(f"{'more than ' * deep}8 bits, unlike the other images")
         # JPEG: decode at a lower resolution that still suffices for the resize.
@@ -770,7 +776,7 @@ def load_encoder(path):
     """The encoder of an encoder.pt in eval mode, and the file's other entries as a dict.
 
     `encoder(normalize(images, info["mean"], info["std"]))` gives features [N, feature_dim] of
-    images of info["image_size"] pixels; of more than 8 bits, first map them by info["window"].
+    images of info["image_size"] pixels; of more than 8 bits, first `to_uint8(x, info["window"])`.
     UserError if the file is damaged or not such a file.
     """
     info = load_torch(path)

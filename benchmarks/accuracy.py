@@ -3,15 +3,16 @@
     python benchmarks/accuracy.py
     python benchmarks/accuracy.py --methods simclr --seeds 1 --extra="--lr 0.5"
 
-Each run is `python METHOD.py`, then `python knn_eval.py`, with --whiten and with --probe (the
-untrained encoder: --pixels). It appends a line to --output. Recorded runs are not repeated, and a
-run that was stopped is resumed from its folder under --runs.
+Each run is `python METHOD.py`, then `python knn_eval.py`, with --whiten and with --probe. It
+appends a line to --output. Recorded runs are not repeated, and a run that was stopped is resumed
+from its folder under --runs.
 """
 
 import importlib.metadata
 import itertools
 import json
-import os
+import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 
@@ -91,9 +93,10 @@ def recorded(output, *keys):
 
 
 def processor_name():
-    """The CPU's model name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    """The CPU's model name; where it is unknown, its architecture."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall("model name\t: (.+)", path.read_text()) if path.exists() else []
+    return [*names, platform.machine()][0]
 
 
 def facts():
@@ -102,7 +105,7 @@ def facts():
     names = ("torch", "torchvision", "numpy", "scikit-learn", "lightly")
     result = dict(command=shlex.join(["python", *sys.argv]), commit=common.git_commit())
     result |= dict(versions={name: installed.get(name) for name in names})
-    result |= dict(processor=processor_name(), cores=len(os.sched_getaffinity(0)))
+    result |= dict(processor=processor_name(), cores=joblib.cpu_count())
     cuda = torch.cuda.is_available()
     return dict(result, device=torch.cuda.get_device_name() if cuda else "cpu")
 
@@ -132,10 +135,11 @@ def main(args, settings=()):
         folder = f"{args.runs}/{name}-s{seed}".replace(" ", "")
         seconds = run(script, *flags, "--run-dir", folder, "--resume")
         (whitened,) = evaluate(folder, "--whiten")
-        # Logistic regressions on the pixels of 50,000 images take most of an hour.
-        knn, *pixels = evaluate(folder, "--pixels" if untrained else "--probe")
-        for result in pixels if seed == args.seeds[0] else ():
-            record(args.output, result, name="pixels", seed=seed)
+        (knn,) = evaluate(folder, "--probe")
+        if untrained and seed == args.seeds[0]:
+            # Logistic regressions on the pixels of 50,000 images take most of an hour.
+            _, pixels = evaluate(folder, "--pixels")
+            record(args.output, pixels, name="pixels", seed=seed)
         keys = ("epoch", "loss", "seconds", "knn_acc", "effective_rank")
         log = [json.loads(line) for line in Path(folder, "log.jsonl").open()]
         line = dict(curve=[{key: row[key] for key in keys if key in row} for row in log])

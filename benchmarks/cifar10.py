@@ -22,10 +22,7 @@ from sklearn.model_selection import train_test_split
 
 import common
 
-CPU = (
-    "--encoder resnet10 --width 16 --epochs 25 --warmup-epochs 1 --eval-every 5 --batch-size 128 "
-    "--compile"
-)
+CPU = "--encoder resnet10 --width 16 --epochs 25 --warmup-epochs 1 --eval-every 5 --batch-size 128"
 
 
 @dataclass

@@ -23,12 +23,12 @@ or use --no-lightly.
 
 import importlib
 import math
-import os
 import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
+import joblib
 import numpy as np
 import torch
 import tyro
@@ -168,7 +168,7 @@ class Lightly(Step):
     def __init__(self, method, args, images, tuned):
         super().__init__(method, args, images)
         transform = lightly_transform(self.view, images.shape[2], [0.5] * 3, [0.25] * 3)
-        workers = len(os.sched_getaffinity(0)) if tuned else 8
+        workers = joblib.cpu_count() if tuned else 8
         more = dict(persistent_workers=tuned, pin_memory=tuned and self.device.type == "cuda")
         loader = pil_loader(images, transform, self.args.batch_size, num_workers=workers, **more)
         self.batches = (batch for _ in iter(int, 1) for batch in loader)

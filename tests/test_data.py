@@ -171,7 +171,10 @@ def test_folder_layout(tmp_path, capsys, name):
     "names, says",
     [
         ("train/a/0.png train/b/0.png test/c/0.png", "train/ lacks classes of test images: ['c']"),
-        ("train/a/.0.png test/a/0.png", "no images found"),
+        (
+            "train/a/.0.png test/a/0.png",
+            "no images found, in train/ if there is one; ignored: no files",
+        ),
         # As of an old archive; it could not be written to a table.
         ("\udcff.png", "their names must be UTF-8"),
     ],
@@ -214,6 +217,8 @@ def write_modes(root):
     for name, (content, _) in files.items():
         image = Image.fromarray(content) if isinstance(content, np.ndarray) else content
         image.save(root / name, quality=95, exif=exif if name == "rotated.jpg" else b"")
+    (root / "low.ppm").write_bytes(b"P6 48 32 85\n" + (color // 3).tobytes())
+    files["low.ppm"] = None, color // 3 * 3
     return {name: np.array(pixels, np.uint8) for name, (_, pixels) in files.items()}
 
 
@@ -256,12 +261,19 @@ def test_bad_images_are_all_named(run_cli, tmp_path):
     tifffile.imwrite(tmp_path / "five.tif", noise(8, 8, 5), **rgb)
     planes = np.moveaxis(color, 2, 0)
     tifffile.imwrite(tmp_path / "planes.tif", planes, **rgb, planarconfig="separate")
+    tifffile.imwrite(tmp_path / "infrared.tif", noise(8, 8, 4), **rgb)
+    tifffile.imwrite(tmp_path / "many.tif", noise(8, 8, 5), photometric="minisblack")
     tifffile.imwrite(tmp_path / "stack.tif", noise(2, 8, 8))
+    values = " ".join(map(str, color.flatten()))
+    (tmp_path / "plain.ppm").write_text(f"P3 8 8 65535 {values}")
     (tmp_path / "wide.ppm").write_bytes(b"P6 8 8 65535\n" + color.astype(">u2").tobytes())
-    drops = "color.tif five.tif planes.tif wide.ppm".split()
-    says = dict.fromkeys(cut, "") | dict.fromkeys(drops, "Pillow drops channels or bits")
+    drops = "color.tif five.tif planes.tif plain.ppm wide.ppm".split()
+    says = dict.fromkeys([*cut, "many.tif"], "by --dataset npz") | dict.fromkeys(
+        drops, "Pillow drops channels or bits"
+    )
     says["deep.tif"] = "more than 8 bits"
-    says["stack.tif"] = "2 frames; save each as a file, or all by --dataset npz"
+    says["infrared.tif"] = "4 channels; if one is transparency, save as .png"
+    says["stack.tif"] = "2 frames; save each as a file); fix or delete it, or give all images by"
     words = dict(dataset="folder", data_dir=tmp_path, batch_size=2)
     lines = run_cli(simclr, status=2, lines=len(says), **words).err.splitlines()
     for line, (name, fault) in zip(lines, sorted(says.items())):
@@ -624,16 +636,14 @@ def test_cache_dir_without_room(photos, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(9, 9), (9, 9, 1), (9, 9, 3), (4, 9, 3), (20, 30), (250, 300)])
 def test_npz_forms(tmp_path, shape):
-    """Gray or color, of any size, becomes RGB center squares of at most 224 pixels."""
-    train = noise(7, *shape)
+    """Gray or color, of any size, becomes RGB center squares, of which views have at most 224."""
+    train, side = noise(7, *shape), min(shape[:2])
     images = load_npz(tmp_path, train_images=train)
-    size = min(224, *shape[:2])
-    assert images.size == size and images.train.shape == (7, 3, size, size)
+    assert images.size == min(224, side) and images.train.shape == (7, 3, side, side)
     assert images.gray == (shape[2:] != (3,))
-    if size < 224:
-        left = (shape[1] - size) // 2
-        expected = train.reshape(7, *shape[:2], -1)[:, :, left : left + size]
-        assert (images.train.permute(0, 2, 3, 1).numpy() == expected).all()
+    left = (shape[1] - side) // 2
+    expected = train.reshape(7, *shape[:2], -1)[:, :, left : left + side]
+    assert (images.train.permute(0, 2, 3, 1).numpy() == expected).all()
 
 
 def test_npz_without_labels_or_test(tmp_path, capsys):

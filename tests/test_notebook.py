@@ -23,6 +23,7 @@ ON_COLAB = {
     "tqdm": "4.67.3",
     "wandb": "0.25.0",
     "filelock": "3.24.3",
+    "pillow": "11.3.0",
     "typing-extensions": "4.15.0",
     "typeguard": "4.5.1",
     "docstring-parser": "0.17.0",
