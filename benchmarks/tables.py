@@ -253,6 +253,8 @@ def render(text):
         few500=few_labels("few500-cpu", ("1", "10", "100"), "labels per class"),
         digits_sweep=sweep(DIGITS),
         cifar10_sweep=sweep(CIFAR10),
+        holdout20k_sweep=sweep("holdout20k-cpu"),
+        holdout10k_sweep=sweep("holdout10k-cpu"),
         versus_lightly=versus_lightly(),
         ops=ops(),
         kernels=kernels(),
