@@ -145,8 +145,8 @@ def verdict(differences):
     return [f"{center:+.1f} ({low:+.1f} to {high:+.1f})", word]
 
 
-def versus_lightly():
-    """Differences to lightly by side and method, paired by seed, and the controls."""
+def sides_of_lightly():
+    """Side, method, our accuracy, lightly's, difference, verdict, difference at k = 200, seeds."""
     found, lines = {}, []
     for line in lines_of("versus-lightly-cpu"):
         key = line["side"], [*COLUMNS].index(line["method"])
@@ -165,8 +165,23 @@ def versus_lightly():
             cells = [""] * 4
         accuracy = f"{mean(run['k20'] for run in runs.values()):.1f}"
         lines.append([side, list(COLUMNS.values())[i], accuracy, *cells, len(runs)])
+    return lines
+
+
+def versus_lightly():
+    """Differences to lightly by side and method, paired by seed, and the controls."""
     header = ["", "", "ours", "lightly", "difference", "", "with k = 200", "seeds"]
-    return rows(header, lines)
+    return rows(header, sides_of_lightly())
+
+
+def next_to_lightly():
+    """The two recipes, a line per method."""
+    sides, lines = sides_of_lightly(), {}
+    for arm, method, ours, lightly, difference, word, *_ in sides:
+        if arm in ("arm A", "arm B"):
+            lines.setdefault(method, [method, lightly]).extend([ours, f"{difference}, {word}"])
+    header = ["kNN accuracy in %", "lightly", "lightly's recipe", "difference"]
+    return rows([*header, "our recipe", "difference"], lines.values())
 
 
 def draw(name):
@@ -256,6 +271,7 @@ def render(text):
         holdout20k_sweep=sweep("holdout20k-cpu"),
         holdout10k_sweep=sweep("holdout10k-cpu"),
         versus_lightly=versus_lightly(),
+        next_to_lightly=next_to_lightly(),
         ops=ops(),
         kernels=kernels(),
         throughput=throughput(STEP, "throughput-cpu-bf16"),

@@ -161,8 +161,7 @@ def test_run_folder_and_log_keys(finished):
     assert set(re.findall(r"`(.*?)`", table)) == files
     arrays = set("embeddings.npz train_files test_files train_groups test_groups".split())
     assert set(rows["embeddings.npz"]) == {*np.load(folder / "embeddings.npz"), *arrays}
-    keys = re.findall(r"`(\w+)`", text.split("`log.jsonl` has")[1])
-    assert sorted(keys) == sorted(read_log(folder)[-1])
+    assert set(rows["log.jsonl"]) == {*read_log(folder)[-1], "log.jsonl"}
 
 
 def test_numbered_details_name_code_that_exists():
@@ -225,22 +224,13 @@ def test_figures_are_recorded():
     faster = [speed[name]["ratios"]["step/lightly tuned"]["ratio"] for name in methods]
     says = "is {:.1f} (SimCLR), {:.1f} (BYOL) and {:.1f} (Barlow Twins) times as fast"
     text = flat(TEXT)
-    assert f"{says.format(*faster)} as in a tuned lightly, of a ResNet-18 1.1 times" in text
+    assert f"{says.format(*faster)} as in a tuned lightly, with a ResNet-18 1.1 times" in text
     for part in ("", "-more"):
         path = ROOT / f"benchmarks/results/throughput-cpu-resnet18{part}.json"
         speed = json.loads(path.read_text())["methods"].values()
         assert {round(row["ratios"]["step/lightly tuned"]["ratio"], 1) for row in speed} == {1.1}
     lines = map(json.loads, (ROOT / "benchmarks/results/versus-lightly-cpu.jsonl").open())
     found = {(line["method"], line["side"], line["seed"]): line for line in lines}
-    a, b, c, d, e, f = (
-        mean(found[name, arm, i]["k20"] - found[name, "lightly", i]["k20"] for i in range(1, 6))
-        for name in ("simclr", "byol", "barlow_twins")
-        for arm in ("arm A", "arm B")
-    )
-    same = f"({a:+.1f} and {c:+.1f} points, 5 seeds".replace("-0.0", "0.0")
-    assert f"equal in lightly's recipe {same}" in text
-    assert f"{b:.1f} and {d:.1f} points better in ours" in text
-    assert f"({e:+.1f} points, undecided), and is {f:.1f} points better in ours" in text
     updates = [
         found[name, "update", 1]["difference"] for name in ("barlow_twins", "byol", "simclr")
     ]
@@ -256,7 +246,7 @@ def test_figures_are_recorded():
 
 def test_cost_of_the_loss_on_several_processes():
     """FLOPs and memory for 8 processes and 128 dimensions."""
-    text, n = flat(section("Resume, precision, several processes, W&B")), 4096
+    text, n = flat(section("Resume, several processes, W&B")), 4096
     loss = 24 * n**2 * 128
     assert f"takes each of 8 processes {loss / 1e9:.0f} GFLOP" in text
     for name, size, limit in (("resnet18", 32, "27,000"), ("resnet50", 224, "198,000")):
