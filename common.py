@@ -491,9 +491,10 @@ def _list_folder(root, table):
         files[i].append(name)
         labels[i].append(row.get("label") or None if table else folder)
         groups[i].append(row.get("group") or name)
-    ignored = ", ".join(f"{n} {key}" for key, n in others.items())
+    ignored = ", ".join(f"{n} {key}" for key, n in others.most_common(10))
     none = f"--data-dir {str(root)!r}: no images found, in train/ if there is one"
-    check(files[0], f"{none}; ignored: {ignored or 'no files'}")
+    kinds = " ".join(IMAGE_ENDINGS)
+    check(files[0], f"{none}; they are {kinds}; ignored: {ignored or 'no files'}")
     class_names = sorted({*labels[0]} - {None})
     # A single class says nothing, as in train/images/*.
     class_names = class_names if len(class_names) > 1 else []
@@ -584,7 +585,8 @@ def _decode_folder(root, files, cache_dir, side, window, fit):
     with user_errors(failed, (OSError, ValueError)):
         stats = [os.stat(root / name) for name in names]
         times = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        facts = json.dumps([str(root.resolve()), side, fit, window, names, times])
+        # Another number where read_image gives other pixels.
+        facts = json.dumps([2, str(root.resolve()), side, fit, window, names, times])
         fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
         path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.bin"
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -617,7 +619,7 @@ def read_image(path, side, window=None, fit="crop"):
         deep, tile = image.mode[0] in "IF", str(image.tile)
         # How Pillow decodes a PPM file ends in its largest value.
         most = int(re.findall(r"\d+", tile)[-1]) if "'ppm" in tile else 0
-        wide = bits > 8 or most > 255 or ";16" in tile
+        wide = bits > 8 or most > 255 or re.search("(?<!BGR);16", tile)
         if samples != bands or (wide and not deep):
             raise ValueError("Pillow drops channels or bits")
         if tags and image.mode == "RGBA":
@@ -776,7 +778,8 @@ def load_encoder(path):
     """The encoder of an encoder.pt in eval mode, and the file's other entries as a dict.
 
     `encoder(normalize(images, info["mean"], info["std"]))` gives features [N, feature_dim] of
-    images of info["image_size"] pixels; of more than 8 bits, first `to_uint8(x, info["window"])`.
+    images of info["image_size"] pixels. An array of more than 8 bits first becomes
+    `torch.from_numpy(to_uint8(array, info["window"]))`.
     UserError if the file is damaged or not such a file.
     """
     info = load_torch(path)

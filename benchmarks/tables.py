@@ -256,7 +256,7 @@ def throughput(titles, *names):
         for speed in (method["samples_per_sec"] for method in methods.values()):
             cells.append(" / ".join(f"{50_000 / speed[key]:.0f}" for key in sides if key in speed))
         lines.append(["seconds for 50,000 images: full step / tuned / as shipped", *cells])
-    return rows(["samples per second", *map(COLUMNS.get, methods)], lines)
+    return rows(["ratio of samples per second", *map(COLUMNS.get, methods)], lines)
 
 
 def render(text):

@@ -16,7 +16,7 @@ import pytest
 import tifffile
 import torch
 import torchvision
-from conftest import noise, write
+from conftest import ROOT, noise, write
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.transforms import v2
@@ -173,7 +173,7 @@ def test_folder_layout(tmp_path, capsys, name):
         ("train/a/0.png train/b/0.png test/c/0.png", "train/ lacks classes of test images: ['c']"),
         (
             "train/a/.0.png test/a/0.png",
-            "no images found, in train/ if there is one; ignored: no files",
+            ".ppm .pgm; ignored: no files",
         ),
         # As of an old archive; it could not be written to a table.
         ("\udcff.png", "their names must be UTF-8"),
@@ -336,10 +336,17 @@ def test_window_flag(run_cli, tmp_path):
         ("--labels nowhere.csv", "cannot read --labels 'nowhere.csv'"),
         ("--dataset digits --labels x.csv", "--labels needs --dataset folder"),
         ("--init nowhere.pt", "nowhere.pt"),
+        (f"--init {ROOT / 'README.md'}", "cannot read"),
+        (
+            "--dataset digits --init foreign.pt",
+            "foreign.pt holds no ResNet with torchvision's keys",
+        ),
     ],
 )
 def test_bad_values_for_own_images(refused, photos, words, says):
     """One error line names the flag, and nothing is written."""
+    if "foreign" in words:
+        torch.save({"stem.weight": torch.zeros(1)}, "foreign.pt")
     options = dict(dataset="folder", data_dir=photos, epochs=0)
     refused(simclr, *words.split(), says=[says], **options)
 

@@ -154,9 +154,15 @@ def torchrun(script, **values):
     return subprocess.Popen([*command, script, *flags(**values)], cwd=ROOT, **pipes)
 
 
-def test_torchrun_sigterm_and_resume_on_one_process(tiny, photos, tmp_path, run_cli, monkeypatch):
-    """Two processes read one folder of images, write one run; stopped, one process continues it."""
+def test_torchrun_sigterm_and_resume_on_one_process(
+    tiny, photos, finished, tmp_path, run_cli, monkeypatch
+):
+    """Two processes read one labelled folder, write one run; stopped, one process continues it."""
+    files = [path.relative_to(photos) for path in photos.rglob("*.png")]
+    lines = ["file,label,split", *(f"{f},{f.parts[1]},{f.parts[0]}" for f in files)]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
     options = dict(dataset="folder", data_dir=photos, cache_dir=tmp_path / "cache", batch_size=10)
+    options |= dict(labels=tmp_path / "labels.csv", init=finished("simclr") / "encoder.pt")
     options = tiny(run_dir=tmp_path / "run", epochs=10_000, checkpoint_every=10_000, **options)
     job = torchrun("simclr.py", **options)
     log = tmp_path / "run" / "log.jsonl"
