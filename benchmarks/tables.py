@@ -30,6 +30,7 @@ COLUMNS = {
     "simclr": "SimCLR",
     "byol": "BYOL",
     "barlow_twins": "Barlow Twins",
+    "byol --epochs 60": "BYOL, 60 epochs",
     "barlow_twins --epochs 50": "Barlow Twins, 50 epochs",
 }
 DIGITS, CIFAR10 = "digits-cpu", "cifar10-cpu"
@@ -270,6 +271,7 @@ def render(text):
         cifar10_sweep=sweep(CIFAR10),
         holdout20k_sweep=sweep("holdout20k-cpu"),
         holdout10k_sweep=sweep("holdout10k-cpu"),
+        clipart_sweep=sweep("clipart-cpu"),
         versus_lightly=versus_lightly(),
         next_to_lightly=next_to_lightly(),
         ops=ops(),
