@@ -494,7 +494,7 @@ def _list_folder(root, table):
     ignored = ", ".join(f"{n} {key}" for key, n in others.most_common(10))
     none = f"--data-dir {str(root)!r}: no images found, in train/ if there is one"
     kinds = " ".join(IMAGE_ENDINGS)
-    check(files[0], f"{none}; they are {kinds}; ignored: {ignored or 'no files'}")
+    check(files[0], f"{none}; images end in {kinds}; ignored: {ignored or 'no files'}")
     class_names = sorted({*labels[0]} - {None})
     # A single class says nothing, as in train/images/*.
     class_names = class_names if len(class_names) > 1 else []
