@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import threading
 import time
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ import tifffile
 import torch
 import torchvision
 from conftest import ROOT, noise, write
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
@@ -219,6 +221,16 @@ def write_modes(root):
         image.save(root / name, quality=95, exif=exif if name == "rotated.jpg" else b"")
     (root / "low.ppm").write_bytes(b"P6 48 32 85\n" + (color // 3).tobytes())
     files["low.ppm"] = None, color // 3 * 3
+    # Two photographs in one file, as of a stereo camera.
+    both = dict(append_images=[palette.convert("RGB")], quality=95)
+    Image.fromarray(color).save(root / "stereo.jpg", "MPO", save_all=True, **both)
+    files["stereo.jpg"] = None, color
+    # 5, 6 and 5 bits in 16; the last row comes first.
+    low, masks = color[::-1].astype("<u2") // (8, 4, 8), (0xF800, 0x07E0, 0x001F)
+    header = struct.pack("<2sI2HI", b"BM", 66 + 2 * 32 * 48, 0, 0, 66)
+    header += struct.pack("<3I2H9I", 40, 48, 32, 1, 16, 3, *[0] * 5, *masks)
+    (root / "low.bmp").write_bytes(header + (low @ (2048, 32, 1)).astype("<u2").tobytes())
+    files["low.bmp"] = None, low[::-1] * 255 // (31, 63, 31)
     return {name: np.array(pixels, np.uint8) for name, (_, pixels) in files.items()}
 
 
@@ -267,7 +279,13 @@ def test_bad_images_are_all_named(run_cli, tmp_path):
     values = " ".join(map(str, color.flatten()))
     (tmp_path / "plain.ppm").write_text(f"P3 8 8 65535 {values}")
     (tmp_path / "wide.ppm").write_bytes(b"P6 8 8 65535\n" + color.astype(">u2").tobytes())
-    drops = "color.tif five.tif planes.tif plain.ppm wide.ppm".split()
+    with open(tmp_path / "color.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        PngImagePlugin.putchunk(file, b"IHDR", struct.pack(">2I5B", 8, 8, 16, 2, 0, 0, 0))
+        rows = np.pad(color.astype(">u2").view(np.uint8).reshape(8, 48), ((0, 0), (1, 0)))
+        PngImagePlugin.putchunk(file, b"IDAT", zlib.compress(rows.tobytes()))
+        PngImagePlugin.putchunk(file, b"IEND")
+    drops = "color.tif color.png five.tif planes.tif plain.ppm wide.ppm".split()
     says = dict.fromkeys([*cut, "many.tif"], "by --dataset npz") | dict.fromkeys(
         drops, "Pillow drops channels or bits"
     )
