@@ -137,7 +137,7 @@ def main(args, settings=()):
         (whitened,) = evaluate(folder, "--whiten")
         (knn,) = evaluate(folder, "--probe")
         if untrained and seed == args.seeds[0]:
-            # Logistic regressions on the pixels of 50,000 images take most of an hour.
+            # Logistic regressions on the pixels of 50,000 images take a quarter of an hour.
             _, pixels = evaluate(folder, "--pixels")
             record(args.output, pixels, name="pixels", seed=seed)
         keys = ("epoch", "loss", "seconds", "knn_acc", "effective_rank")
