@@ -124,8 +124,7 @@ def resolve(args, recipes, n=50_000):
     for key, value in recipe.items():
         if getattr(args, key) in (None, "auto"):
             args = replace(args, **{key: value})
-    if args.epochs <= args.warmup_epochs:
-        args = replace(args, warmup_epochs=args.epochs / 10)
+    args = replace(args, warmup_epochs=min(args.warmup_epochs, args.epochs / 2))
 
     # Below 16 channels, oneDNN's backward of strided 1x1 convolutions corrupts memory (its #6035).
     least = dict(width=16, batch_size=2 * WORLD_SIZE, image_size=4, temperature=1e-6)
