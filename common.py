@@ -105,7 +105,8 @@ def resolve(args, recipes, n=50_000):
     """Fill unset arguments (None or "auto") from the recipe of the data set; check the values.
 
     With n training images, an unset batch size is at most a quarter of them. The recipe of folder
-    and npz is for 50,000 images: unset epochs give its number of steps, up to 1,000 epochs.
+    and npz is for 50,000 images: unset epochs give its number of steps, up to 1,000 epochs. A
+    warm-up, given or not, is cut to half of the epochs.
     """
     recipe = dict(recipes[args.dataset])
     usual = recipe["batch_size"]

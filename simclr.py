@@ -91,7 +91,7 @@ class Args:
     weight_decay: float | None = None
     """weight decay, not applied to biases and norms"""
     warmup_epochs: float | None = None
-    """epochs of linear warm-up before the cosine decay, at most half of the run"""
+    """epochs of linear warm-up before the cosine decay; cut to half of the run"""
     # evaluation
     eval_every: int = 10
     """epochs between kNN evaluations on the test split (0: only the last epoch)"""

@@ -171,11 +171,20 @@ def test_unset_ema_depends_on_the_number_of_steps(finished):
 
 
 def test_warmup_is_at_most_half_of_the_run(tiny, small, monkeypatch):
-    """Epochs that end inside the recipe's warm-up: a warm-up of half of the steps."""
+    """A longer warm-up, the recipe's or given, is cut to half of the run."""
     calls = []
     monkeypatch.setattr(simclr, "learning_rate", lambda *args: calls.append(args) or 0.1)
     simclr.main(simclr.Args(**tiny(warmup_epochs=None, epochs=6)))
     assert calls[-1][:3] == (17, 18, 9)
+    for epochs, given, warmup in (
+        (0, None, 0),
+        (12, None, 6),
+        (30, None, 10),
+        (9, 8, 4.5),
+        (9, 2, 2),
+    ):
+        args = simclr.Args(dataset="folder", epochs=epochs, warmup_epochs=given)
+        assert common.resolve(args, simclr.RECIPES).warmup_epochs == warmup
 
 
 def test_unset_batch_size_lr_and_epochs(method):
