@@ -619,7 +619,7 @@ def read_image(path, side, window=None, fit="crop"):
         deep, tile = image.mode[0] in "IF", str(image.tile)
         # How Pillow decodes a PPM file ends in its largest value.
         most = int(re.findall(r"\d+", tile)[-1]) if "'ppm" in tile else 0
-        wide = bits > 8 or most > 255 or re.search("(?<!BGR);16", tile)
+        wide = bits > 8 or most > 255 or ";16" in tile
         if samples != bands or (wide and not deep):
             raise ValueError("Pillow drops channels or bits")
         if tags and image.mode == "RGBA":

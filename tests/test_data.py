@@ -225,12 +225,6 @@ def write_modes(root):
     both = dict(append_images=[palette.convert("RGB")], quality=95)
     Image.fromarray(color).save(root / "stereo.jpg", "MPO", save_all=True, **both)
     files["stereo.jpg"] = None, color
-    # 5, 6 and 5 bits in 16; the last row comes first.
-    low, masks = color[::-1].astype("<u2") // (8, 4, 8), (0xF800, 0x07E0, 0x001F)
-    header = struct.pack("<2sI2HI", b"BM", 66 + 2 * 32 * 48, 0, 0, 66)
-    header += struct.pack("<3I2H9I", 40, 48, 32, 1, 16, 3, *[0] * 5, *masks)
-    (root / "low.bmp").write_bytes(header + (low @ (2048, 32, 1)).astype("<u2").tobytes())
-    files["low.bmp"] = None, low[::-1] * 255 // (31, 63, 31)
     return {name: np.array(pixels, np.uint8) for name, (_, pixels) in files.items()}
 
 

@@ -176,13 +176,8 @@ def test_warmup_is_at_most_half_of_the_run(tiny, small, monkeypatch):
     monkeypatch.setattr(simclr, "learning_rate", lambda *args: calls.append(args) or 0.1)
     simclr.main(simclr.Args(**tiny(warmup_epochs=None, epochs=6)))
     assert calls[-1][:3] == (17, 18, 9)
-    for epochs, given, warmup in (
-        (0, None, 0),
-        (12, None, 6),
-        (30, None, 10),
-        (9, 8, 4.5),
-        (9, 2, 2),
-    ):
+    cases = (0, None, 0), (12, None, 6), (30, None, 10), (9, 8, 4.5), (9, 2, 2)
+    for epochs, given, warmup in cases:
         args = simclr.Args(dataset="folder", epochs=epochs, warmup_epochs=given)
         assert common.resolve(args, simclr.RECIPES).warmup_epochs == warmup
 
