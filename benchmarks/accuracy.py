@@ -122,9 +122,9 @@ def append(path, **line):
 
 
 def main(args, settings=()):
-    """For every seed the untrained encoder and each method; raw pixels once."""
+    """For every seed each method and the untrained encoder; raw pixels once."""
     done = recorded(args.output, "name", "seed")
-    for seed, method in itertools.product(args.seeds, ("untrained", *args.methods)):
+    for seed, method in itertools.product(args.seeds, (*args.methods, "untrained")):
         name, untrained = f"{method} {args.extra}".strip(), method == "untrained"
         if (name, seed) in done:
             print(f"{name} seed {seed}: already in {args.output}")

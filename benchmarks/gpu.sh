@@ -12,7 +12,7 @@
 cd "$(dirname "$0")/.." || exit
 data=${DATA:-data} end=$((SECONDS + 1500))
 out=${OUT:-runs/gpu${SSL_TEST_DEVICE:+-rehearsal}}
-flags="--batch-size 512" speed=() extra=--compile few=
+flags="--batch-size 512" speed=(--seconds 0.7) extra=--compile few=
 mkdir -p "$out"
 
 first() {
@@ -46,9 +46,11 @@ part() {
 }
 
 methods="simclr byol barlow_twins"
-part tests 300 python -m pytest -q tests/test_gpu.py
+# After SIGINT pytest still prints what failed.
+TORCHINDUCTOR_COMPILE_THREADS=4 part tests 300 timeout --signal=INT 270 \
+    python -m pytest -q -n 4 --dist worksteal tests/test_gpu.py
 for method in $methods; do
-    part "speed-$method" 150 python benchmarks/throughput.py --methods "$method" --no-lightly \
+    part "speed-$method" 300 python benchmarks/throughput.py --methods "$method" --no-lightly \
         --flags="$flags" --variant=--compile --profile "${speed[@]}" \
         --output "$out/throughput-$method.json"
     part "cifar10-$method" 720 python benchmarks/cifar10.py --methods "$method" --data-dir "$data" \
@@ -56,7 +58,7 @@ for method in $methods; do
 done
 for method in $methods; do
     python -c "import lightly" 2>"$out/lightly.log" || break
-    part "lightly-$method" 120 python benchmarks/throughput.py --methods "$method" --blocks 3 \
+    part "lightly-$method" 240 python benchmarks/throughput.py --methods "$method" --blocks 3 \
         --flags="$flags" "${speed[@]}" --output "$out/lightly-$method.json"
 done
 # Default flags on few images.

@@ -105,11 +105,14 @@ class Step:
         fp16 = self.amp_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.model = common.distribute(network, self.device, args.compile)
+        compiled = args.compile and self.device.type == "cuda"
+        two_views = self.module.two_views
+        self.two_views = torch.compile(two_views) if compiled else two_views
         self.pair = self.draw()
 
     def draw(self):
         rows = torch.randint(len(self.images), (self.args.batch_size,), device=self.device)
-        return self.module.two_views(self.images[rows], self.view, None, 0.5, 0.25)
+        return self.two_views(self.images[rows], self.view, None, 0.5, 0.25)
 
     def run(self, steps):
         for _ in range(steps):

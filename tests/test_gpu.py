@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import test_methods
 import torch
+import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from conftest import at_step, read_log
 from test_knn import test_torch_device_and_small_chunks_equal_scikit_learn  # noqa: F401
 from test_losses import losses, test_loss_and_gradient_equal_float64  # noqa: F401
 from test_methods import resumed, small, watched_run  # noqa: F401
 
+import byol
 import common
 import simclr
 
@@ -68,21 +70,45 @@ def test_op_equals_the_cpu(name):
     torch.testing.assert_close(found.cpu(), op(*arguments(x, parameters)), rtol=0, atol=1e-4)
 
 
+def seeded_views(two_views, view, device, seed=3):
+    """Two views of 2,048 copies of one image, in batches of N: [2, 2048, 3, 32, 32]."""
+    images = (photos()[:1] * 255).byte().expand(N, -1, -1, -1).to(device)
+    torch.manual_seed(seed)
+    pairs = [two_views(images, view) for _ in range(32)]
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in pairs[-1])
+    assert {v.device.type for v in pairs[-1]} == {device}
+    return torch.cat([torch.stack(pair) for pair in pairs], dim=1)
+
+
+def assert_same_distribution(ours, cpu):
+    """Image by image; mean and spread of a CPU's."""
+    assert -1e-5 < ours.min() and ours.max() < 1 + 1e-5
+    for statistic in (torch.mean, torch.std):
+        torch.testing.assert_close(statistic(ours.cpu(), 1), statistic(cpu, 1), rtol=0, atol=0.05)
+    assert all(len(v.flatten(1).sum(1).unique()) > 1980 for v in ours)
+
+
 @pytest.mark.parametrize("augment", ["photo", "symbol"])
 def test_two_views_have_the_distribution_of_the_cpu(method, augment):
-    """Image by image, the same ones from the same seed; mean and spread of a CPU's."""
-    images = (photos()[:1] * 255).byte().expand(1000, -1, -1, -1)
-    runs = []
-    for device in (DEVICE, DEVICE, "cpu"):
-        torch.manual_seed(3)
-        runs.append(method.two_views(images.to(device), method.AUGMENT[augment]))
-    for ours, again, cpu in zip(*runs):
-        assert ours.device.type == DEVICE and ours.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(ours, again) and -1e-5 < ours.min() and ours.max() < 1 + 1e-5
-        assert len(ours.flatten(1).sum(1).unique()) > 970
-        for statistic in (torch.mean, torch.std):
-            pair = statistic(ours.cpu(), 0), statistic(cpu, 0)
-            torch.testing.assert_close(*pair, rtol=0, atol=0.06)
+    """The same views from the same seed."""
+    view = method.AUGMENT[augment]
+    ours, again = (seeded_views(method.two_views, view, DEVICE) for _ in range(2))
+    assert torch.equal(ours, again)
+    assert_same_distribution(ours, seeded_views(method.two_views, view, "cpu", seed=4))
+
+
+@pytest.mark.parametrize("augment", ["photo", "symbol"])
+def test_compiled_two_views(augment):
+    """With PyTorch's random numbers the same views; with the compiler's their distribution."""
+    view = byol.choose_view(augment, gray=False, image_size=SIZE)
+    eager = seeded_views(byol.two_views, view, DEVICE)
+    for pytorchs_random_numbers in (True, False):
+        torch.compiler.reset()
+        with inductor_config.patch(fallback_random=pytorchs_random_numbers):
+            ours = seeded_views(torch.compile(byol.two_views, fullgraph=True), view, DEVICE)
+        if pytorchs_random_numbers:
+            torch.testing.assert_close(ours, eager, rtol=0, atol=1e-4)
+    assert_same_distribution(ours, eager.cpu())
 
 
 # ---------------------------------------------------------------- runs
@@ -91,10 +117,14 @@ def test_two_views_have_the_distribution_of_the_cpu(method, augment):
 @contextlib.contextmanager
 def sync_is_an_error():
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
+# Otherwise compiled views draw other random numbers.
+@inductor_config.patch(fallback_random=True)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_run_learns_without_waiting(method, watched_run, monkeypatch, precision):  # noqa: F811
     """Eager and compiled: PyTorch refuses to wait for the GPU, the losses agree."""
