@@ -40,6 +40,8 @@ class Args:
     """seeds of each method"""
     extra: str = ""
     """more flags for the methods, in one string; they become part of the recorded name"""
+    baselines: bool = True
+    """also the untrained encoder and raw pixels"""
     runs: str = "runs/benchmark"
     """folder of the runs"""
     output: str = str(ROOT / "benchmarks/results/digits-cpu.jsonl")
@@ -124,7 +126,8 @@ def append(path, **line):
 def main(args, settings=()):
     """For every seed each method and the untrained encoder; raw pixels once."""
     done = recorded(args.output, "name", "seed")
-    for seed, method in itertools.product(args.seeds, (*args.methods, "untrained")):
+    names = [*args.methods, *["untrained"] * args.baselines]
+    for seed, method in itertools.product(args.seeds, names):
         name, untrained = f"{method} {args.extra}".strip(), method == "untrained"
         if (name, seed) in done:
             print(f"{name} seed {seed}: already in {args.output}")

@@ -12,7 +12,7 @@
 cd "$(dirname "$0")/.." || exit
 data=${DATA:-data} end=$((SECONDS + 1500))
 out=${OUT:-runs/gpu${SSL_TEST_DEVICE:+-rehearsal}}
-flags="--batch-size 512" speed=(--seconds 0.7) extra=--compile few=
+flags="--batch-size 512" speed=(--seconds 0.7) extra=--compile few= precisions="bf16 fp16"
 mkdir -p "$out"
 
 first() {
@@ -24,7 +24,7 @@ accuracy.first_of_each_class('$data', '$1', $2, $3)"
 if [ "$SSL_TEST_DEVICE" = cpu ]; then
     small="--device cpu --encoder resnet10 --width 16 --batch-size 32"
     flags=$small speed=(--images 256 --warmup 1 --seconds 1 --blocks 1)
-    extra="$small --epochs 1" few=$extra
+    extra="$small --epochs 1" few=$extra precisions=bf16
     first "$out/data" 20 5
     data=$out/data
 fi
@@ -45,7 +45,10 @@ part() {
     echo "$name: exit status $status after $((SECONDS - start)) s; $out/$name.log"
 }
 
-methods="simclr byol barlow_twins"
+methods="simclr byol barlow_twins" dataset=cifar10
+[ -d "$data/train" ] && dataset=folder
+cifar10=(python benchmarks/cifar10.py --data-dir "$data" --runs "$out/cifar10"
+    --output "$out/cifar10.jsonl")
 # After SIGINT pytest still prints what failed.
 TORCHINDUCTOR_COMPILE_THREADS=4 part tests 300 timeout --signal=INT 270 \
     python -m pytest -q -n 4 --dist worksteal tests/test_gpu.py
@@ -53,14 +56,33 @@ for method in $methods; do
     part "speed-$method" 300 python benchmarks/throughput.py --methods "$method" --no-lightly \
         --flags="$flags" --variant=--compile --profile "${speed[@]}" \
         --output "$out/throughput-$method.json"
-    part "cifar10-$method" 720 python benchmarks/cifar10.py --methods "$method" --data-dir "$data" \
-        --extra="$extra" --runs "$out/cifar10" --output "$out/cifar10.jsonl"
+    part "cifar10-$method" 720 "${cifar10[@]}" --methods "$method" --extra="$extra" --no-baselines
 done
 for method in $methods; do
     python -c "import lightly" 2>"$out/lightly.log" || break
     part "lightly-$method" 240 python benchmarks/throughput.py --methods "$method" --blocks 3 \
         --flags="$flags" "${speed[@]}" --output "$out/lightly-$method.json"
 done
+train() {
+    # NAME METHOD FLAGS...
+    name=$1 method=$2
+    shift 2
+    part "$name" 300 python -c "import torch, common, $method as m
+common.cli(m.Args, m.main, m.RECIPES)
+print(torch.cuda.is_available() and torch.cuda.max_memory_allocated() / 2**30, 'GiB at the peak')" \
+        --dataset "$dataset" --data-dir "$data" --run-dir "$out/$name" --resume "$@" $few
+}
+
+for method in $methods; do
+    train "memory-$method" "$method" --epochs 1
+done
+for seed in 1 2 3; do
+    for precision in $precisions; do
+        train "$precision-s$seed" simclr --epochs 20 --precision "$precision" --seed "$seed"
+    done
+done
+# The untrained encoder and raw pixels.
+part cifar10 720 "${cifar10[@]}" --extra="$extra"
 # Default flags on few images.
 for n in 100 500; do
     [ -d "$data/train" ] || break
