@@ -136,6 +136,8 @@ def main(args, settings=()):
         flags = [*settings, *shlex.split(args.extra), "--seed", str(seed)]
         flags += ["--epochs", "0"] * untrained
         folder = f"{args.runs}/{name}-s{seed}".replace(" ", "")
+        # Of a resumed run the time is not known.
+        fresh = not Path(folder).exists()
         seconds = run(script, *flags, "--run-dir", folder, "--resume")
         (whitened,) = evaluate(folder, "--whiten")
         (knn,) = evaluate(folder, "--probe")
@@ -148,7 +150,8 @@ def main(args, settings=()):
         line = dict(curve=[{key: row[key] for key in keys if key in row} for row in log])
         line |= {f"whitened_{name}": means(t) for name, t in whitened["tables"].items()}
         line |= dict(whitened=whitened["accuracy"], command=shlex.join(["python", script, *flags]))
-        record(args.output, knn, name=name, seed=seed, seconds=round(seconds, 1), **line)
+        line["seconds"] = round(seconds, 1) if fresh else None
+        record(args.output, knn, name=name, seed=seed, **line)
 
 
 if __name__ == "__main__":

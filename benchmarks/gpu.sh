@@ -1,30 +1,38 @@
 #!/usr/bin/env bash
-# All that needs a CUDA GPU, most valuable first, at most 25 minutes a call:
+# All that needs a CUDA GPU, most valuable first, at most 25 minutes (LIMIT=seconds) a call:
 #
 #     bash benchmarks/gpu.sh                            # CIFAR-10 is downloaded
 #     DATA=cifar10-jpeg bash benchmarks/gpu.sh          # or read from train/<class>/*, test/<class>/*
+#     PARTS="tests|speed-.*" bash benchmarks/gpu.sh     # some of the parts
 #     SSL_TEST_DEVICE=cpu DATA=cifar10-jpeg bash benchmarks/gpu.sh    # a small rehearsal on a CPU
 #
 # Each part is a process with a time limit, and its result is written as soon as it is there, to
-# runs/gpu (OUT=folder: elsewhere). Call it again to go on: parts that succeeded are not repeated,
-# and stopped runs are resumed. lightly is compared if it is installed.
+# runs/gpu (RESULTS=folder: elsewhere). Call it again to go on: parts that succeeded are not
+# repeated, and stopped runs are resumed. lightly is compared if it is installed.
 
 cd "$(dirname "$0")/.." || exit
-data=${DATA:-data} end=$((SECONDS + 1500))
-out=${OUT:-runs/gpu${SSL_TEST_DEVICE:+-rehearsal}}
-flags="--batch-size 512" speed=(--seconds 0.7) extra=--compile few= precisions="bf16 fp16"
+data=${DATA:-data} end=$((SECONDS + ${LIMIT:-1500}))
+out=${RESULTS:-runs/gpu${SSL_TEST_DEVICE:+-rehearsal}}
+# Triton needs a capability of 8.0.
+compile=$(python -c "import torch
+cuda = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+print('--compile' * cuda)") || exit
+flags="--batch-size 512" speed=(--seconds 0.7) precisions="bf16 fp16"
+extra=$compile few="$compile --eval-every 100"
 mkdir -p "$out"
 
 first() {
     # FOLDER TRAIN TEST: links to the first images of every class.
-    [ -d "$1" ] || python -c "import sys; sys.path.insert(0, 'benchmarks'); import accuracy
-accuracy.first_of_each_class('$data', '$1', $2, $3)"
+    [ -d "$1" ] && return
+    rm -rf "$1.part"
+    python -c "import sys; sys.path.insert(0, 'benchmarks'); import accuracy
+accuracy.first_of_each_class('$data', '$1.part', $2, $3)" && mv "$1.part" "$1"
 }
 
 if [ "$SSL_TEST_DEVICE" = cpu ]; then
     small="--device cpu --encoder resnet10 --width 16 --batch-size 32"
     flags=$small speed=(--images 256 --warmup 1 --seconds 1 --blocks 1)
-    extra="$small --epochs 1" few=$extra precisions=bf16
+    compile=--compile extra="$small --epochs 1" few=$extra precisions=bf16
     first "$out/data" 20 5
     data=$out/data
 fi
@@ -33,7 +41,7 @@ part() {
     # NAME SECONDS COMMAND...
     name=$1 limit=$(($2 < end - SECONDS ? $2 : end - SECONDS))
     shift 2
-    [ -e "$out/$name.done" ] && return
+    [[ -e $out/$name.done || ! $name =~ ^(${PARTS:-.*})$ ]] && return
     if [ "$limit" -lt 30 ]; then
         echo "$name: no time left; call again"
         return
@@ -43,6 +51,8 @@ part() {
     status=$?
     [ $status = 0 ] && touch "$out/$name.done"
     echo "$name: exit status $status after $((SECONDS - start)) s; $out/$name.log"
+    # A stopped run writes a checkpoint.
+    [ $status = 124 ] && sleep 10
 }
 
 methods="simclr byol barlow_twins" dataset=cifar10
@@ -50,11 +60,11 @@ methods="simclr byol barlow_twins" dataset=cifar10
 cifar10=(python benchmarks/cifar10.py --data-dir "$data" --runs "$out/cifar10"
     --output "$out/cifar10.jsonl")
 # After SIGINT pytest still prints what failed.
-TORCHINDUCTOR_COMPILE_THREADS=4 part tests 300 timeout --signal=INT 270 \
-    python -m pytest -q -n 4 --dist worksteal tests/test_gpu.py
+TORCHINDUCTOR_COMPILE_THREADS=4 part tests 300 \
+    timeout --foreground --signal=INT 270 python -m pytest -q -n 4 --dist worksteal tests/test_gpu.py
 for method in $methods; do
     part "speed-$method" 300 python benchmarks/throughput.py --methods "$method" --no-lightly \
-        --flags="$flags" --variant=--compile --profile "${speed[@]}" \
+        --flags="$flags" --variant="$compile" --profile "${speed[@]}" \
         --output "$out/throughput-$method.json"
     part "cifar10-$method" 720 "${cifar10[@]}" --methods "$method" --extra="$extra" --no-baselines
 done

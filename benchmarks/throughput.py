@@ -68,7 +68,7 @@ class Args:
     warmup: int = 50
     """steps before anything is timed"""
     profile: bool = False
-    """print what takes the time of ten steps"""
+    """print what takes the time of ten steps, of --variant if given"""
     output: str | None = None
     """write the result to this JSON file"""
 
@@ -246,9 +246,8 @@ def profile(step):
     print(profiler.key_averages().table(sort_by=key, row_limit=25), file=sys.stderr)
 
 
-def measure(method, args, images):
+def measure(method, contenders, args):
     """Samples per second of every contender of one method, and ratios."""
-    contenders = contenders_of(method, args, images)
     steps, rates = {}, {name: [] for name in contenders}
     for name, contender in contenders.items():
         timed(contender, max(1, args.warmup))
@@ -266,8 +265,6 @@ def measure(method, args, images):
         over, under = pair.split("/")
         if over in rates and under in rates:
             ratios[pair] = interval(np.divide(rates[over], rates[under]))
-    if args.profile:
-        profile(contenders["step"])
     means = {name: round(stats.gmean(found), 1) for name, found in rates.items()}
     settings = asdict(contenders["step"].args)
     return dict(args=settings, samples_per_sec=means, ratios=ratios)
@@ -279,13 +276,16 @@ def main(args):
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     methods = {}
     for method in args.methods:
-        found = methods[method] = measure(method, args, images)
+        contenders = contenders_of(method, args, images)
+        found = methods[method] = measure(method, contenders, args)
         for name, rate in found["samples_per_sec"].items():
             print(f"{method:13} {name:16} {rate:10.1f} samples/s")
         for pair, row in found["ratios"].items():
             print(f"{method:13} {pair:21} {row['ratio']:.3f} ({row['low']} to {row['high']})")
         if args.output:
             write(args.output, methods=methods, threads=torch.get_num_threads())
+        if args.profile:
+            profile(contenders.get("variant", contenders["step"]))
 
 
 if __name__ == "__main__":

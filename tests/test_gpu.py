@@ -34,9 +34,20 @@ PRECISIONS = ["fp32", "bf16"] + ["fp16"] * (DEVICE == "cuda")
 N, SIZE = 64, 32
 
 
+@contextlib.contextmanager
+def sync_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture(autouse=True)
-def not_deterministic():
-    """--deterministic sets PyTorch for the whole process."""
+def on_the_device(monkeypatch):
+    """PyTorch itself refuses to wait for a GPU; --deterministic sets it for the whole process."""
+    if DEVICE == "cuda":
+        monkeypatch.setattr(test_methods, "WATCH", [sync_is_an_error])
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -97,6 +108,17 @@ def test_two_views_have_the_distribution_of_the_cpu(method, augment):
     assert_same_distribution(ours, seeded_views(method.two_views, view, "cpu", seed=4))
 
 
+@pytest.mark.parametrize("size", [12, 96])
+def test_no_op_waits(size):
+    """Every op of two_views; a run of the digits has few."""
+    images, mean = (photos() * 255).byte().to(DEVICE), torch.rand(3, 1, 1).to(DEVICE)
+    for watched in (False, True):
+        with contextlib.ExitStack() as inside:
+            for watch in test_methods.WATCH * watched:
+                inside.enter_context(watch())
+            simclr.two_views(images, test_methods.VIEW, size, mean, mean)
+
+
 @pytest.mark.parametrize("augment", ["photo", "symbol"])
 def test_compiled_two_views(augment):
     """With PyTorch's random numbers the same views; with the compiler's their distribution."""
@@ -107,29 +129,21 @@ def test_compiled_two_views(augment):
         with inductor_config.patch(fallback_random=pytorchs_random_numbers):
             ours = seeded_views(torch.compile(byol.two_views, fullgraph=True), view, DEVICE)
         if pytorchs_random_numbers:
-            torch.testing.assert_close(ours, eager, rtol=0, atol=1e-4)
+            # Another last bit may round the box of a crop to other pixels.
+            assert ((ours - eager).abs().amax((2, 3, 4)) > 1e-4).sum() <= 3
     assert_same_distribution(ours, eager.cpu())
 
 
 # ---------------------------------------------------------------- runs
 
 
-@contextlib.contextmanager
-def sync_is_an_error():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 # Otherwise compiled views draw other random numbers.
 @inductor_config.patch(fallback_random=True)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_run_learns_without_waiting(method, watched_run, monkeypatch, precision):  # noqa: F811
-    """Eager and compiled: PyTorch refuses to wait for the GPU, the losses agree."""
-    if DEVICE == "cuda":
-        monkeypatch.setattr(test_methods, "WATCH", [sync_is_an_error])
+    """Eager and compiled: the loop never waits, the losses agree."""
+    # TF32 in one of the two runs would change the loss.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.compiler.reset()
     first = []
     for compile in (False, True):
@@ -141,6 +155,16 @@ def test_run_learns_without_waiting(method, watched_run, monkeypatch, precision)
         state = torch.load(folder / "checkpoint.pt")["network"]
         assert not any(key.startswith(("module.", "_orig_mod.")) for key in state)
     assert first[1] == pytest.approx(first[0], rel=1e-3 if precision == "fp32" else 0.1)
+
+
+def test_images_in_the_memory_of_the_host(watched_run, monkeypatch):  # noqa: F811
+    """Too many for the GPU, they are read ahead: the same run, and no step waits."""
+    changes, logs = dict(device=DEVICE, precision="fp32", deterministic=True), []
+    for name in "ab":
+        log = read_log(watched_run(simclr, run_dir=name, **changes))
+        logs.append([line["loss"] for line in log])
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
