@@ -18,7 +18,7 @@ compile=$(python -c "import torch
 cuda = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 print('--compile' * cuda)") || exit
 flags="--batch-size 512" speed=(--seconds 0.7) precisions="bf16 fp16"
-extra=$compile few="$compile --eval-every 100"
+extra=$compile more="$compile --eval-every 100"
 mkdir -p "$out"
 
 first() {
@@ -32,7 +32,7 @@ accuracy.first_of_each_class('$data', '$1.part', $2, $3)" && mv "$1.part" "$1"
 if [ "$SSL_TEST_DEVICE" = cpu ]; then
     small="--device cpu --encoder resnet10 --width 16 --batch-size 32"
     flags=$small speed=(--images 256 --warmup 1 --seconds 1 --blocks 1)
-    compile=--compile extra="$small --epochs 1" few=$extra precisions=bf16
+    compile=--compile extra="$small --epochs 1" more=$extra precisions=bf16
     first "$out/data" 20 5
     data=$out/data
 fi
@@ -74,13 +74,13 @@ for method in $methods; do
         --flags="$flags" "${speed[@]}" --output "$out/lightly-$method.json"
 done
 train() {
-    # NAME METHOD FLAGS...
+    # NAME METHOD FLAGS...: a run that ends with its peak memory.
     name=$1 method=$2
     shift 2
     part "$name" 300 python -c "import torch, common, $method as m
 common.cli(m.Args, m.main, m.RECIPES)
 print(torch.cuda.is_available() and torch.cuda.max_memory_allocated() / 2**30, 'GiB at the peak')" \
-        --dataset "$dataset" --data-dir "$data" --run-dir "$out/$name" --resume "$@" $few
+        --dataset "$dataset" --data-dir "$data" --run-dir "$out/$name" --resume "$@" $more
 }
 
 for method in $methods; do
@@ -93,12 +93,12 @@ for seed in 1 2 3; do
 done
 # The untrained encoder and raw pixels.
 part cifar10 720 "${cifar10[@]}" --extra="$extra"
-# Default flags on few images.
+# Few images.
 for n in 100 500; do
     [ -d "$data/train" ] || break
     first "$out/first$n" $n 1000
     for method in $methods; do
         part "few$n-$method" 400 python benchmarks/accuracy.py --methods "$method" --seeds 1 \
-            --extra="--dataset folder --data-dir $out/first$n $few" --output "$out/few$n.jsonl"
+            --extra="--dataset folder --data-dir $out/first$n $more" --output "$out/few$n.jsonl"
     done
 done

@@ -93,7 +93,7 @@ def seeded_views(two_views, view, device, seed=3):
 
 
 def assert_same_distribution(ours, cpu):
-    """Image by image; mean and spread of a CPU's."""
+    """Mean and spread of a CPU's; every image has its own."""
     assert -1e-5 < ours.min() and ours.max() < 1 + 1e-5
     for statistic in (torch.mean, torch.std):
         torch.testing.assert_close(statistic(ours.cpu(), 1), statistic(cpu, 1), rtol=0, atol=0.05)
