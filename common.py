@@ -1,8 +1,8 @@
 """Plumbing that simclr.py, byol.py, barlow_twins.py and knn_eval.py share.
 
-Images, encoder, processes, the kNN monitor, and the run folder with its log and checkpoint. The
-gradient depends on these here: `build_encoder`, `gather` and `distribute` (several processes),
-`epoch_order` (the images of a batch), `seed_draws` (random numbers).
+Images, encoder, processes, the kNN monitor, and the run folder with its log and checkpoint. These
+affect the gradient: `build_encoder`, `gather` and `distribute` (several processes), `epoch_order`
+(the images of a batch), `seed_draws` (random numbers).
 """
 
 import csv
@@ -24,7 +24,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +60,7 @@ def check(condition, message):
 
 
 def note(text):
-    """Print on one rank only."""
+    """Print on rank 0 only."""
     if RANK == 0:
         print(text)
 
@@ -176,7 +176,7 @@ def set_up(args):
         native = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bf16" if native else "fp16" if cuda else "fp32"
         if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-            # Of a ResNet-18 (benchmarks/README.md, speed). float32 gives the same bytes everywhere.
+            # Of a ResNet-18 (benchmarks/README.md, speed). float32 stays the default.
             note("note: on this processor --precision bf16 is 1.7 times as fast (with AMX 2.4)")
     check(cuda or precision != "fp16", f"--precision fp16 needs --device cuda, not {device.type}")
     torch.backends.cudnn.benchmark = not args.deterministic
@@ -231,18 +231,8 @@ def distribute(network, device, compile=False):
     return torch.compile(network) if compile else network
 
 
-@contextmanager
-def local_rank_zero_first():
-    """Local rank 0 runs the block (a download) before the other ranks of its node."""
-    if LOCAL_RANK:
-        dist.barrier()
-    yield
-    if WORLD_SIZE > 1 and not LOCAL_RANK:
-        dist.barrier()
-
-
 def broadcast(value):
-    """A Python object of rank 0, on every rank."""
+    """Broadcast a Python object from rank 0."""
     box = [value]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(box)
@@ -401,7 +391,7 @@ def _torchvision(dataset, root):
     # STL10's second argument is split, that of the others train.
     splits = ("train+unlabeled", "test") if dataset == "stl10" else (True, False)
     help = f"place its original files in {str(root)!r} as torchvision does"
-    with user_errors(f"could not get {dataset}; {help}"), local_rank_zero_first():
+    with user_errors(f"could not get {dataset}; {help}"), file_lock(root / ".lock"):
         data_class = getattr(torchvision.datasets, name)
         sets = [data_class(root, split, download=True) for split in splits]
     images = [np.asarray(part.data) for part in sets]
@@ -411,39 +401,29 @@ def _torchvision(dataset, root):
     return images, labels, sets[0].classes, {}
 
 
-def read_npz(path, needed, optional):
-    """Read arrays of an .npz file without running code from it. UserError if damaged."""
-    with user_errors(f"cannot read {str(path)!r} as an .npz file"):
-        with np.load(path, allow_pickle=False) as archive:
-            check(needed in archive, f"{str(path)!r} lacks {needed}")
-            return {name: archive[name] for name in [needed, *optional] if name in archive}
-
-
 def _npz(dataset, path):
     """MedMNIST's form, also of more channels and bits; all but train_images are optional."""
-    parts = ("train", "test")
-    optional = [f"{part}_{name}" for part in parts for name in ("images", "labels", "groups")]
-    arrays = read_npz(path, "train_images", optional)
-    first, images, labels, extra = np.atleast_1d(arrays["train_images"]), [], [], {}
-    for part in parts:
-        x = arrays.get(f"{part}_images", first[:0])
-        form = f"{str(path)!r}: {part}_images must be numbers [N, H, W] or [N, H, W, C], H and W"
-        fits = x.ndim in (3, 4) and min(x.shape[1:3]) >= 4 and x.shape[3:] <= (32,)
-        fits = fits and len(first) and x.dtype.kind in "uif" and x.dtype == first.dtype
-        fits = fits and x.shape[3:] == first.shape[3:]
-        check(
-            fits,
-            f"{form} from 4, N from 1, C to 32, as in train_images, not {x.dtype} {list(x.shape)}",
-        )
-        y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
-        groups = arrays.get(f"{part}_groups", y).flatten()
-        form = f"{str(path)!r}: {part}_labels must be {len(x)} integers, -1 for unlabelled"
-        fits = y.dtype.kind in "iu" and len(y) == len(groups) == len(x) and y.min(initial=0) >= -1
-        check(fits, f"{form}, and as many groups, not {y.dtype} {len(y)} and {len(groups)}")
-        if f"{part}_groups" in arrays:
-            extra[f"{part}_groups"] = groups
-        images.append(x)
-        labels.append(y.astype(np.int64))
+    images, labels, extra = [], [], {}
+    # Without pickles, reading runs no code.
+    with user_errors(f"cannot use {str(path)!r}"), np.load(path, allow_pickle=False) as arrays:
+        first = np.atleast_1d(arrays["train_images"])
+        for part, x in dict(train=first, test=arrays.get("test_images", first[:0])).items():
+            form = f"{part}_images must be numbers [N, H, W] or [N, H, W, C], H and W from 4"
+            fits = x.ndim in (3, 4) and min(x.shape[1:3]) >= 4 and x.shape[3:] <= (32,)
+            fits = fits and len(first) and x.dtype.kind in "uif" and x.dtype == first.dtype
+            fits = fits and x.shape[3:] == first.shape[3:]
+            found = f"as in train_images, not {x.dtype} {list(x.shape)}"
+            check(fits, f"{str(path)!r}: {form}, N from 1, C to 32, {found}")
+            y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
+            groups = arrays.get(f"{part}_groups", y).flatten()
+            form = f"{part}_labels must be {len(x)} integers, -1 for unlabelled, and as many groups"
+            fits = y.dtype.kind in "iu" and len(y) == len(groups) == len(x)
+            found = f"{y.dtype} {len(y)} and {len(groups)}"
+            check(fits and y.min(initial=0) >= -1, f"{str(path)!r}: {form}, not {found}")
+            if f"{part}_groups" in arrays:
+                extra[f"{part}_groups"] = groups
+            images.append(x)
+            labels.append(y.astype(np.int64))
     return images, labels, [], extra
 
 
@@ -500,7 +480,9 @@ def _list_folder(root, table):
     class_names = class_names if len(class_names) > 1 else []
     unknown = {*labels[1]} - {None, *class_names}
     check(not unknown or not class_names, f"train/ lacks classes of test images: {[*unknown][:5]}")
-    unlabelled = sum(name not in class_names for name in labels[0])
+    ids = {name: i for i, name in enumerate(class_names)}
+    labels = [[ids.get(name, -1) for name in part] for part in labels]
+    unlabelled = labels[0].count(-1)
     if unlabelled:
         shown = ", ".join(class_names[:10]) + ", ..." * (len(class_names) > 10)
         hint = f"the others are of {len(class_names)} classes: {shown}"
@@ -508,8 +490,6 @@ def _list_folder(root, table):
         note(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
     if others:
         note(f"note: ignored in {str(root)!r}: {ignored}")
-    ids = {name: i for i, name in enumerate(class_names)}
-    labels = [[ids.get(name, -1) for name in part] for part in labels]
     extra = dict(zip(("train_files", "test_files"), (np.array(part, np.str_) for part in files)))
     # By default an image is a group of its own.
     if groups != files:
@@ -548,7 +528,7 @@ def _read_table(path, names):
 
 @contextmanager
 def no_warnings():
-    """Pillow's do not name the file; PyTorch's is on a read-only one that nothing changes."""
+    """Hide Pillow's, which name no file, and PyTorch's on read-only memory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -556,7 +536,7 @@ def no_warnings():
 
 @no_warnings()
 def _sample_files(root, names):
-    """Of 100 of the files: the sorted sides, and pixels of those with more than 8 bits."""
+    """Sorted sides of up to 100 files; pixels of those with more than 8 bits."""
     sizes, values = [], []
     for name in names[:: math.ceil(len(names) / 100)]:
         # Decoding names every broken file.
@@ -590,8 +570,7 @@ def _decode_folder(root, files, cache_dir, side, window, fit):
         fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
         path = cache_dir / f"{root.resolve().name}-{side}px-{fingerprint}.bin"
         cache_dir.mkdir(parents=True, exist_ok=True)
-        # Other runs and ranks wait for the file.
-        with filelock.FileLock(f"{path}.lock"):
+        with file_lock(f"{path}.lock"):
             if not path.exists():
                 with atomic_write(path) as file:
                     images = prefetch(decode, names, os.cpu_count())
@@ -754,7 +733,7 @@ def load_weights(encoder, init):
         from torchvision.models import get_model
 
         failed = f"cannot get torchvision's weights of {name} for --init imagenet"
-        with user_errors(failed), local_rank_zero_first():
+        with user_errors(failed):
             state = get_model(name, weights="DEFAULT").state_dict()
     else:
         state = load_torch(init)
@@ -886,6 +865,18 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def file_lock(path):
+    """Other runs and ranks wait for the block to end, unless the file system has no locks."""
+    lock = filelock.FileLock(path)
+    with suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def save_torch(path, content):
     """torch.save, complete or not at all."""
     # On a full disk, torch.save to a file raises a RuntimeError that does not say so.
@@ -969,7 +960,8 @@ class Run:
         self.facts = dict(method=method, optimizer=type(optimizer).__name__, images=n)
         self.facts |= {k: v for k, v in asdict(args).items() if k not in self.NOT_KEPT}
 
-        name = f"{method}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        # To the microsecond: runs may start together.
+        name = f"{method}-{args.dataset}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = Path(broadcast(args.run_dir or f"runs/{name}"))
         checkpoint = broadcast(None if RANK else self._open())
         self.wandb_id = os.urandom(4).hex()
@@ -992,7 +984,8 @@ class Run:
                 Run.lock.release()
             Run.lock = filelock.FileLock(self.dir / ".lock")
             used = f"--run-dir {str(self.dir)!r} is in use by another run"
-            with user_errors(used, filelock.Timeout):
+            # Some file systems have no locks.
+            with suppress(OSError, NotImplementedError), user_errors(used, filelock.Timeout):
                 self.lock.acquire(timeout=0)
         return load_torch(path) if path.exists() else None
 

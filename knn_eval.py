@@ -8,8 +8,9 @@ An input is a run folder, or an .npz with train_features [N, D] and, where known
 train_groups [N], test_features [M, D] and test_labels [M]; label -1 is unlabelled. k is chosen by
 leave-one-out on the training images, without the test labels.
 
-To sweep k in your own code, copy everything above `Args`: NumPy, scikit-learn and tqdm are enough
-on a CPU, and PyTorch searches on a GPU. README.md, section kNN evaluation, explains the output.
+To sweep k in your own code, copy everything above `Args` without `import tyro`: NumPy, scikit-learn
+and tqdm are enough on a CPU, and PyTorch searches on a GPU. README.md, section kNN evaluation,
+explains the output.
 """
 
 import copy
@@ -194,7 +195,7 @@ class Args:
     table: Literal["md", "latex"] = "md"
     """format of the printed tables"""
     output: str | None = None
-    """folder for all files (unset: knn/ in the folder of the run, runs/knn/ for several)"""
+    """folder for all files (unset: RUN/knn, of x.npz x/knn, of several runs/knn)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of the neighbor search"""
     track: bool = False
@@ -227,15 +228,13 @@ class Part:
 
 def read_embeddings(path):
     """An embeddings.npz as an object: train and test (arrays), meta, class_names. UserError."""
-    from common import read_npz, user_errors
+    from common import user_errors
 
     name = str(path.parent if path.stem == "embeddings" else path.with_suffix(""))
     entry = SimpleNamespace(name=name)
-    optional = "train_labels train_files train_groups test_features test_labels test_files"
-    with user_errors(f"cannot evaluate {str(path)!r}"):
-        arrays = read_npz(path, "train_features", [*optional.split(), "class_names", "meta"])
-        for part in ("train", "test"):
-            x = arrays.get(f"{part}_features", arrays["train_features"][:0])
+    with user_errors(f"cannot evaluate {str(path)!r}"), np.load(path, allow_pickle=False) as arrays:
+        train = arrays["train_features"]
+        for part, x in dict(train=train, test=arrays.get("test_features", train[:0])).items():
             name, least = f"{part}_features", int(part == "train")
             x = check_array(x, dtype=FLOATS, ensure_min_samples=least, input_name=name)
             index = np.arange(len(x))
@@ -247,7 +246,7 @@ def read_embeddings(path):
             setattr(entry, part, Part(part, x, labels, files, groups, index))
         check_consistent_length(entry.train.features.T, entry.test.features.T)
         entry.meta = dict(json.loads(str(arrays.get("meta", "{}"))))
-    names = {-1: "", **dict(enumerate(map(str, arrays.get("class_names", []))))}
+        names = {-1: "", **dict(enumerate(map(str, arrays.get("class_names", []))))}
     entry.class_name = lambda label: names.get(label, str(label))
     return entry
 
@@ -501,10 +500,13 @@ def nearest_images(train, queries, k, args):
     return map(np.concatenate, zip(*(chunk[1:] for chunk in chunks)))
 
 
+CLOSENESS = dict(cosine="similarity", euclidean="distance")
+
+
 def closest_pairs(entry, args):
     """Rows of pairs.csv. Prints the number of test images that equal a training image."""
     train = entry.train
-    rows = [["part", "file", "train_file", "similarity" if args.metric == "cosine" else "distance"]]
+    rows = [["part", "file", "train_file", CLOSENESS[args.metric]]]
     for part in filter(len, (train, entry.test)):
         distances, neighbors = nearest_images(train, part, 20, args)
         equal = (distances[:, :1] < 1e-4).sum()
@@ -548,7 +550,7 @@ def draw_neighbors(entry, get, args):
     figure = Figure(figsize=(9, 12), layout="constrained")
     figure.suptitle(
         "Left: a query, red if it is predicted wrongly (up to four). Right: the nearest training "
-        "images\nwith their similarity, red if they are of another class.",
+        f"images\nwith their {CLOSENESS[args.metric]}, red if they are of another class.",
         size=9,
     )
     axes = figure.subplots(len(chosen), 7, squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
@@ -756,8 +758,10 @@ def main(args):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(target) as file:
                     file.write(path.read_bytes())
-            for name in {*KNOWN} - {*names}:
-                (folder / name).unlink(missing_ok=True)
+            for place in {path.parent for path in files}:
+                for name in KNOWN:
+                    if not (place / name).exists():
+                        (folder / place.relative_to(new) / name).unlink(missing_ok=True)
     print(f"\nwrote {', '.join(names)} to {folder}")
     name = f"knn-{runs[0].column}"
     tracker = Tracker(args, folder, name=name, group="knn", config=asdict(args))

@@ -65,7 +65,7 @@ class Args:
     image_size: int | None = None
     """side of the encoder's input in pixels (unset: that of the images, at most 224)"""
     augment: Literal["auto", "photo", "overhead", "symbol", "none"] = "auto"
-    """photo: crops, flips, color; overhead: photos without a top; symbol: shifts, zooms; none"""
+    """auto: the recipe's; photo: crops, flips, color; overhead: turns too; symbol: shifts, zooms"""
     encoder: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None
     """torchvision's ResNet (resnet10: one block a stage); a 3x3 stem up to 64 pixels"""
     init: str | None = None
@@ -181,7 +181,7 @@ def crop_boxes(x, scale):
 
 def crop_resize(x, top, left, height, width, flip, size):
     """Crop a box of each image x [N, C, H, W], flip where `flip`, each [N, 1]; resize to `size`."""
-    # Of images much larger than the view, the mean of several samples a pixel (antialiasing).
+    # For much larger images, average several samples per pixel (antialiasing).
     samples = max(1, round(x.shape[2] / size))
     side = samples * size
     centers = (torch.arange(side, device=x.device) + 0.5) / side

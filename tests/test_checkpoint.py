@@ -1,5 +1,6 @@
 """A run folder: its files, that a stop or a kill changes nothing, and what keeps the checkpoint."""
 
+import errno
 import json
 import os
 import pickle
@@ -338,6 +339,16 @@ def test_run_dir_in_use_is_refused(refused, tiny, folder, finished):
     shutil.copytree(finished("simclr"), folder)
     with filelock.FileLock(folder / ".lock"):
         refused(simclr, **tiny(run_dir=folder, resume=True), says=["in use by another run"])
+
+
+def test_file_system_without_locks(train, monkeypatch):
+    """As some of NFS: the run goes on without."""
+
+    def flock(*args):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    train(epochs=1)
 
 
 def test_run_dir_is_free_after_an_exception(train, folder, finished, monkeypatch):

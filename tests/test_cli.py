@@ -137,7 +137,7 @@ def test_run_dir_by_default(run_cli, tiny):
     """Without --run-dir a run makes its own folder under runs/."""
     run_cli(simclr, **tiny(seed=7, epochs=0))
     (folder,) = os.listdir("runs")
-    assert re.fullmatch(r"simclr-npz-s7-\d{8}-\d{6}", folder)
+    assert re.fullmatch(r"simclr-npz-s7-\d{8}-\d{6}-\d{6}", folder)
 
 
 def test_pasted_cell_ignores_the_argv_of_colab(monkeypatch):

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +114,22 @@ def test_torchvision_layouts_keep_size_and_order(monkeypatch, name, splits):
     images = common.load_images(name.lower())
     np.testing.assert_array_equal(images.train, data)
     assert images.train_labels.tolist() == labels and not images.gray and seen == splits
+
+
+def test_runs_download_one_after_the_other(monkeypatch):
+    """A second run waits, instead of reading half a file."""
+    running = []
+
+    def fake(root, split, download):
+        running.append(split)
+        time.sleep(0.1)
+        assert running == [split]
+        running.clear()
+        return SimpleNamespace(data=noise(3, 32, 32, 3), targets=[0, 1, 2], classes=[])
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake)
+    with ThreadPoolExecutor() as pool:
+        assert len([*pool.map(common.load_images, ["cifar10"] * 2)]) == 2
 
 
 def test_cifar10_jpeg_folder(tmp_path, cifar10):

@@ -129,15 +129,16 @@ def test_knn_sweep_raises_value_error(name):
         knn_sweep(**{**arguments, **BAD_ARGUMENTS[name]})
 
 
-def test_file_alone_gives_knn_sweep(tmp_path):
-    """knn_eval.py imports and works in an empty folder, without common.py."""
-    shutil.copy(knn_eval.__file__, tmp_path)
-    code = (
-        "import numpy as np, knn_eval as e; x = np.eye(4); print(e.knn_sweep(x, range(4), x, [1]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("whole", [True, False])
+def test_file_alone_gives_knn_sweep(tmp_path, whole):
+    """knn_eval.py works in an empty folder, without common.py; its first part also without tyro."""
+    code = Path(knn_eval.__file__).read_text()
+    part = code[: code.index("@dataclass")].replace("import tyro\n", "")
+    (tmp_path / "knn_eval.py").write_text(code if whole else part)
+    code = "import sys, numpy as np; sys.modules.update(dict.fromkeys(sys.argv[1:])); "
+    code += "import knn_eval as e; x = np.eye(4); print(e.knn_sweep(x, range(4), x, [1]))"
+    command = [sys.executable, "-c", code, *["tyro"] * (not whole)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "{1: array([0, 1, 2, 3])}\n" and done.stderr == ""
 
 
@@ -455,9 +456,11 @@ def test_every_run_and_pixels(run_cli, refused, finished, monkeypatch):
     for name in ("byol", "simclr"):
         with Image.open(f"runs/knn/runs_{name}/neighbors.png") as picture:
             picture.load()
-    # A second call does not take runs/knn for a run.
+    # A second call does not take runs/knn for a run, and leaves no file that it did not write.
+    Path("runs/knn/runs_byol/predictions.csv").touch()
     run_cli(knn_eval, "--ks", 1)
     assert len(results("runs/knn")) == 2
+    assert not Path("runs/knn/runs_byol/predictions.csv").exists()
     # Of two data sets, the pixels of each.
     run_cli(simclr, epochs=0, encoder="resnet10", width=16, run_dir="runs/digits")
     run_cli(knn_eval, "runs/byol", "runs/digits", "--pixels", "--ks", 1, "--labels-per-class")
