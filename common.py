@@ -280,7 +280,7 @@ def load_images(
 
     image_size None: the size of the images, at most 224. labels: the CSV file of a folder's labels.
     window (low, high): the values that become 0 and 255 in images with more than 8 bits; None: the
-    0.1 and 99.9 percentile. fit: see `square`. If they take less than half of a GPU's free memory,
+    0.1 and 99.9 percentile. fit: see `square`. If they take less than a quarter of a GPU's memory,
     they go there. UserError if data is missing or broken.
     """
     check(not labels or dataset == "folder", f"--labels needs --dataset folder, not {dataset}")
@@ -312,7 +312,7 @@ def load_images(
     mean, std = (value[0].float().to(device) for value in (mean, std.clamp(min=1e-3)))
     gray = len(mean) != 3 or bool((sample == sample[:, :1]).all())
     size = sum(part.numel() for part in images)
-    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
         images = [part.to(device) for part in images]
     labels = (torch.as_tensor(part).long() for part in ids)
     return Images(*images, *labels, class_names, image_size, mean, std, gray, window, extra)

@@ -471,8 +471,10 @@ def main(args):
     run.draw_views(lambda batch: two_views(batch, view, images.size))
     # The network in DistributedDataParallel (several processes) and torch.compile.
     model = common.distribute(network, device, args.compile)
-    # On a CPU, compiled views are not faster.
-    draw = torch.compile(two_views) if args.compile and device.type == "cuda" else two_views
+    # On a CPU, compiled views are not faster. In another layout, cuDNN would blur, in TF32.
+    options = dict(layout_optimization=False)
+    compiled = args.compile and device.type == "cuda"
+    draw = torch.compile(two_views, options=options) if compiled else two_views
     for step, batch in run.batches():
         common.seed_draws(args.seed, "views", step)
         v1, v2 = draw(batch, view, images.size, images.mean, images.std)

@@ -1,7 +1,7 @@
 """Samples per second of train_step and of its parts, next to the same work in lightly.
 
     python benchmarks/throughput.py --flags="--compile" --output benchmarks/results/throughput.json
-    python benchmarks/throughput.py --no-lightly --variant="--compile" --profile
+    python benchmarks/throughput.py --no-lightly --flags="--compile" --variant="--no-compile"
     python benchmarks/throughput.py --flags="--batch-size 32" --images 640 --warmup 2 --seconds 2
 
 A sample is one image, two views. The contenders of a method:
@@ -68,7 +68,7 @@ class Args:
     warmup: int = 50
     """steps before anything is timed"""
     profile: bool = False
-    """print what takes the time of ten steps, of --variant if given"""
+    """print what takes the time of ten steps"""
     output: str | None = None
     """write the result to this JSON file"""
 
@@ -105,9 +105,9 @@ class Step:
         fp16 = self.amp_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.model = common.distribute(network, self.device, args.compile)
-        compiled = args.compile and self.device.type == "cuda"
-        two_views = self.module.two_views
-        self.two_views = torch.compile(two_views) if compiled else two_views
+        self.two_views, options = self.module.two_views, dict(layout_optimization=False)
+        if args.compile and self.device.type == "cuda":
+            self.two_views = torch.compile(self.two_views, options=options)
         self.pair = self.draw()
 
     def draw(self):
@@ -181,6 +181,8 @@ class Lightly(Step):
         if not tuned:
             self.layout = torch.contiguous_format
             self.model.to(memory_format=self.layout)
+            # Its momentum has the layout of the weights.
+            self.optimizer = self.module.make_optimizer(self.model, self.args.weight_decay)
 
     def run(self, steps):
         from lightly.models.utils import update_momentum
@@ -285,7 +287,7 @@ def main(args):
         if args.output:
             write(args.output, methods=methods, threads=torch.get_num_threads())
         if args.profile:
-            profile(contenders.get("variant", contenders["step"]))
+            profile(contenders["step"])
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def photos():
     return F.interpolate(torch.rand(N, 3, 8, 8), (SIZE, SIZE), mode="bilinear")
 
 
+# As in main.
+OPTIONS = dict(layout_optimization=False)
 # Each op of images x with parameters p between -1 and 1, [N, 4].
 OPS = {
     "crop_resize": lambda x, p: (x, *(8 * p.abs() + 8).split(1, 1), p[:, :1] > 0, 24),
@@ -76,7 +78,7 @@ def test_op_equals_the_cpu(name, compile):
     """The same parameters on both devices."""
     x, parameters = photos(), torch.rand(N, 4) * 2 - 1
     op, arguments = getattr(simclr, name), OPS[name]
-    ours = torch.compile(op, fullgraph=True) if compile else op
+    ours = torch.compile(op, fullgraph=True, options=OPTIONS) if compile else op
     found = ours(*arguments(x.to(DEVICE), parameters.to(DEVICE)))
     assert found.device.type == DEVICE
     torch.testing.assert_close(found.cpu(), op(*arguments(x, parameters)), rtol=0, atol=1e-4)
@@ -124,7 +126,7 @@ def test_no_op_waits(size):
 def test_compiled_two_views_have_the_distribution_of_the_cpu(augment):
     """The compiler draws random numbers of its own."""
     view = byol.choose_view(augment, gray=False, image_size=SIZE)
-    compiled = torch.compile(byol.two_views, fullgraph=True)
+    compiled = torch.compile(byol.two_views, fullgraph=True, options=OPTIONS)
     cpu = seeded_views(byol.two_views, view, "cpu")
     assert_same_distribution(seeded_views(compiled, view, DEVICE), cpu)
 
