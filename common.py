@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import warnings
 import zipfile
 from collections import Counter, deque
@@ -108,7 +109,7 @@ def resolve(args, recipes, n=50_000):
     and npz is for 50,000 images: unset epochs give its number of steps, up to 1,000 epochs. A
     warm-up, given or not, is cut to half of the epochs.
     """
-    recipe = dict(recipes[args.dataset])
+    recipe = dict(recipes[args.dataset], fit="crop")
     usual = recipe["batch_size"]
     most = max(2, n // 4 // WORLD_SIZE) * WORLD_SIZE
     recipe["batch_size"] = args.batch_size or min(usual, most)
@@ -119,7 +120,7 @@ def resolve(args, recipes, n=50_000):
         epochs = math.ceil(steps / max(1, n // recipe["batch_size"]))
         recipe["epochs"] = max(recipe["epochs"], min(1000, epochs))
     if args.init and args.init != "imagenet":
-        made, keys = load_torch(args.init), ("encoder", "width", "image_size")
+        made, keys = load_torch(args.init), ("encoder", "width", "image_size", "fit")
         with user_errors(f"--init {args.init} is neither an encoder.pt nor a state dict"):
             recipe |= {key: made[key] for key in keys if made.get(key)}
     for key, value in recipe.items():
@@ -437,9 +438,14 @@ def _image_files(root):
     """
     check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
     names, others = [], Counter()
-    for name in sorted(glob.glob("**", root_dir=root, recursive=True), key=os.path.split):
+    found = sorted(glob.glob("**", root_dir=root, recursive=True), key=os.path.split)
+    # Their pictures are no data.
+    runs = {Path(name).parent for name in found if name.endswith(("args.json", "knn.json"))}
+    for name in found:
         ending = Path(name).suffix
-        if ending.lower() in IMAGE_ENDINGS:
+        if runs and runs & {*Path(name).parents}:
+            others["in folders of runs"] += 1
+        elif ending.lower() in IMAGE_ENDINGS:
             names.append(name)
         elif not os.path.isdir(root / name):
             others[ending or "without ending"] += 1
@@ -479,14 +485,15 @@ def _list_folder(root, table):
     # A single class says nothing, as in train/images/*.
     class_names = class_names if len(class_names) > 1 else []
     unknown = {*labels[1]} - {None, *class_names}
-    check(not unknown or not class_names, f"train/ lacks classes of test images: {[*unknown][:5]}")
+    message = f"no training image is of the test images' classes {[*unknown][:5]}"
+    check(not unknown or not class_names, message)
     ids = {name: i for i, name in enumerate(class_names)}
     labels = [[ids.get(name, -1) for name in part] for part in labels]
     unlabelled = labels[0].count(-1)
     if unlabelled:
         shown = ", ".join(class_names[:10]) + ", ..." * (len(class_names) > 10)
         hint = f"the others are of {len(class_names)} classes: {shown}"
-        hint = hint if class_names else "label them by two folders train/<class>/ or by --labels"
+        hint = hint if class_names else "label two classes by folders train/<class>/ or --labels"
         note(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
     if others:
         note(f"note: ignored in {str(root)!r}: {ignored}")
@@ -499,22 +506,31 @@ def _list_folder(root, table):
 
 def _read_table(path, names):
     """The rows of --labels by file name. UserError names the line of a mistake."""
-    with user_errors(f"cannot read --labels {path!r}"):
+    with user_errors(f"cannot read --labels {path!r} as CSV in UTF-8"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="", skipinitialspace=True)
+            # Excel separates by semicolons where a comma is decimal.
+            delimiter = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            reader = csv.DictReader(file, restval="", delimiter=delimiter, skipinitialspace=True)
+            columns = [name.strip().lower() for name in reader.fieldnames or []]
+            reader.fieldnames = columns
             lines = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames or []
     known = {"file", "label"} <= {*columns}
     check(known, f"--labels {path!r} needs the columns file and label in line 1, not {columns}")
-    rows, names, mistakes = {}, {*names}, []
+    # Macs decompose accented letters.
+    names = {unicodedata.normalize("NFC", name): name for name in names}
+    rows, mistakes = {}, []
     for number, row in lines:
         # Values beyond the last column.
         if any(row.pop(None, ())):
             mistakes.append(f"line {number}: more values than columns")
         row = {key: value.strip() for key, value in row.items()}
-        name, split = os.path.normpath(row["file"]), row.get("split") or "train"
-        if name not in names:
-            mistakes.append(f"line {number}: {name!r} is not an image below --data-dir")
+        if not any(row.values()):
+            continue
+        name = names.get(unicodedata.normalize("NFC", os.path.normpath(row["file"])))
+        split = row.get("split") or "train"
+        if not name:
+            mistakes.append(f"line {number}: {row['file']!r} is not an image below --data-dir")
         elif name in rows:
             mistakes.append(f"line {number}: {name!r} is listed twice")
         elif split not in ("train", "test"):
@@ -995,6 +1011,8 @@ class Run:
             message = f"cannot resume {str(self.dir)!r}: {key} was {old} and is {value}"
             check(old == value or key in self.MAY_CHANGE, message)
         self.first_step, self.wandb_id = checkpoint["step"], checkpoint["wandb_id"]
+        message = f"{str(self.dir)!r} has trained for more than --epochs {self.args.epochs}"
+        check(self.first_step <= self.steps, message)
         self.records = checkpoint["records"]
         self.totals.copy_(checkpoint["totals"])
         for name, module in self.state.items():

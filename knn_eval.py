@@ -331,12 +331,12 @@ def pixels_of(runs):
     # A run of each data set.
     sources, inputs = {}, []
     for run in runs:
-        dataset = run.meta.get("dataset")
-        sources[run.meta.get("data_dir") if dataset in ("folder", "npz") else dataset] = run
-    sources.pop(None, None)
+        dataset, place, labels = map(run.meta.get, ("dataset", "data_dir", "labels"))
+        sources[(place, labels) if dataset in ("folder", "npz") else (dataset, None)] = run
+    sources.pop((None, None), None)
     check(sources, "--pixels needs a run: no input's meta names a data set")
-    for name, run in sources.items():
-        get = pictures(run)
+    for names, run in sources.items():
+        get, name = pictures(run), " ".join(filter(None, names))
         check(get, f"--pixels: the images of {run.name} cannot be loaded")
         entry = copy.deepcopy(run)
         entry.name = entry.column = f"pixels of {name}" if len(sources) > 1 else "pixels"
@@ -390,6 +390,9 @@ def evaluate(entry, args):
         train, test = entry.train, entry.test
     elif not len(test):
         result["column"] += " (leave-one-out)"
+    if not np.ptp(train.groups):
+        print(f"{entry.name}: the voting images are one group: leave-one-out ignores groups")
+        train.groups = np.arange(len(train))
     # The images that vote and those that are predicted; without test images, the same.
     entry.voters, entry.queries = train, test if len(test) else train
     # Without labels nothing is predicted, and nothing is wrong.
@@ -456,6 +459,8 @@ def labels_needed(entry, args, tables):
         methods["probe"] = probe
     # A class with fewer than n labels gives all, unless the rest of each class is predicted.
     most = sizes.max() if by_test else sizes.min() - 1
+    if not most:
+        print(f"{entry.name}: no table of few labels, as a class has one image only")
     for n in (n for n in args.labels_per_class if 0 < n <= most):
         for seed in range(20):
             # The same images for every input.
@@ -466,6 +471,9 @@ def labels_needed(entry, args, tables):
             for name, predict in methods.items() if len(queries) else ():
                 right = predict(known, queries, args, n) == queries.labels
                 tables[name].setdefault(n, []).append(right.mean())
+    for name in methods:
+        # Where groups leave a draw nothing to predict, the rest would not compare.
+        tables[name] = {n: right for n, right in tables[name].items() if len(right) == 20}
     if tables["labels"]:
         tables["labels"]["all"] = tables["knn"]["chosen k"]
     if "probe" in methods and by_test:

@@ -58,8 +58,8 @@ class Args:
     """for folder: a CSV file with the columns file and label (and split, group)"""
     window: tuple[float, float] | None = None
     """for images with more than 8 bits: values of black and white (unset: their percentiles)"""
-    fit: Literal["crop", "pad", "stretch"] = "crop"
-    """how images become square"""
+    fit: Literal["crop", "pad", "stretch"] | None = None
+    """how images become square (unset: crop)"""
     cache_dir: str = "cache"
     """where the decoded images of a folder are kept"""
     image_size: int | None = None

@@ -105,9 +105,9 @@ class Step:
         fp16 = self.amp_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.model = common.distribute(network, self.device, args.compile)
-        self.two_views, options = self.module.two_views, dict(layout_optimization=False)
+        self.two_views = self.module.two_views
         if args.compile and self.device.type == "cuda":
-            self.two_views = torch.compile(self.two_views, options=options)
+            self.two_views = torch.compile(self.two_views, options=dict(layout_optimization=False))
         self.pair = self.draw()
 
     def draw(self):

@@ -189,7 +189,7 @@ def test_folder_layout(tmp_path, capsys, name):
 @pytest.mark.parametrize(
     "names, says",
     [
-        ("train/a/0.png train/b/0.png test/c/0.png", "train/ lacks classes of test images: ['c']"),
+        ("train/a/0.png train/b/0.png test/c/0.png", "the test images' classes ['c']"),
         (
             "train/a/.0.png test/a/0.png",
             ".ppm .pgm; ignored: no files",
@@ -446,7 +446,6 @@ def table(folder, *lines):
         ("name,label\n00.png,a", ["columns file and label in line 1, not ['name', 'label']"]),
         ("file,label,split\n00.png,a,dev\n01.png,b", ["split is 'dev'"]),
         ("file,label\n00.png,a,test\n01.png,b", ["line 2: more values than columns"]),
-        ("file;label\n00.png;a", ["not ['file;label']"]),
     ],
 )
 def test_mistakes_in_a_table(refused, scans, tmp_path, text, says):
@@ -461,31 +460,39 @@ def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
     labels = table(tmp_path, "file,label,split,group", *lines)
     words = dict(dataset="folder", data_dir=scans, labels=labels, epochs=0, width=16)
     words["cache_dir"] = "elsewhere"
-    result = run_cli(simclr, **words, run_dir=tmp_path / "run")
+    # The pictures of a run among the images are no images.
+    run = scans / "runs/a"
+    result = run_cli(simclr, **words, run_dir=run)
     assert "2 of 10 training images are unlabelled; the others are of 2" in result.out
-    arrays = np.load(tmp_path / "run/embeddings.npz")
+    arrays = np.load(run / "embeddings.npz")
     expected = [f"g{i // 2}" for i in range(8)] + ["10.png", "11.png"]
     assert arrays["train_groups"].tolist() == expected and [*arrays["class_names"]] == ["a", "b"]
     assert arrays["train_labels"].tolist() == [0, 1] * 4 + [-1, -1]
     assert arrays["test_labels"].tolist() == [0, 1]
     assert arrays["test_groups"].tolist() == ["g4", "g4"] and "warning" not in result.out
-    run_cli(knn_eval, tmp_path / "run")
-    assert (tmp_path / "run/knn/neighbors.png").exists() and not Path("cache").exists()
+    run_cli(knn_eval, run)
+    assert (run / "knn/neighbors.png").exists() and not Path("cache").exists()
     # The table may move before the run is resumed.
     words["labels"] = shutil.move(labels, tmp_path / "moved.csv")
-    run_cli(simclr, **words, run_dir=tmp_path / "run", resume=True)
+    run_cli(simclr, **words, run_dir=run, resume=True)
     (scans / "11.png").rename(scans / "99.png")
-    run_cli(knn_eval, tmp_path / "run", says=["no pictures: "])
-    assert not (tmp_path / "run/knn/neighbors.png").exists()
+    run_cli(knn_eval, run, says=["no pictures: "])
+    assert not (run / "knn/neighbors.png").exists()
 
 
 def test_unlabelled_rows_of_a_table(scans, tmp_path):
-    """An empty label is unlabelled, and keeps its split and group; spaces do not count."""
-    lines = ["00.png,a ,,x", "01.png, b,,y,", "02.png, ,test,z"]
-    labels = table(tmp_path, "file,label,split,group", *lines)
-    images = common.load_images("folder", scans, labels=labels)
-    assert images.class_names == ["a", "b"] and images.test_labels.tolist() == [-1]
-    assert images.extra["test_groups"].tolist() == ["z"]
+    """An empty label is unlabelled, and keeps its split and group; spaces do not count.
+
+    As Excel and Macs write tables: semicolons, empty rows, decomposed accents.
+    """
+    (scans / "00.png").rename(scans / "\u00e9.png")
+    lines = ["e\u0301.png,a ,,x", "01.png, b,,y,", ",,,", "02.png, ,test,z"]
+    for separator in ",;\t":
+        text = "\n".join(["File,label ,split,group", *lines]).replace(",", separator)
+        images = common.load_images("folder", scans, labels=table(tmp_path, text))
+        assert images.class_names == ["a", "b"] and images.test_labels.tolist() == [-1]
+        assert images.extra["test_groups"].tolist() == ["z"]
+        assert images.train_labels.tolist()[-1] == 0
 
 
 def test_listed_images_may_be_anywhere(tmp_path):
@@ -531,11 +538,13 @@ def test_init_from_an_encoder(run_cli, finished, tiny, tmp_path):
     # Of other images, with the size, mean and std of those that the encoder was trained on.
     for i in range(4):
         write(tmp_path / "other" / f"{i}.png", noise(20, 20, 3, seed=i))
+    torch.save(torch.load(weights) | dict(fit="pad"), weights := tmp_path / "pad.pt")
+    words["init"] = weights
     other = dict(dataset="folder", data_dir=tmp_path / "other", run_dir=tmp_path / "elsewhere")
     run_cli(simclr, **words | other)
     old, new = (torch.load(path) for path in (weights, tmp_path / "elsewhere/encoder.pt"))
-    for key in ("mean", "std", "image_size"):
-        assert (torch.as_tensor(old[key]) == torch.as_tensor(new[key])).all()
+    assert all((old[key] == new[key]).all() for key in ("mean", "std"))
+    assert all(old[key] == new[key] for key in ("image_size", "fit"))
     # As before PyTorch 1.6.
     state, old = torch.load(weights)["state_dict"], dict(_use_new_zipfile_serialization=False)
     torch.save(state, tmp_path / "state.pt", **old)

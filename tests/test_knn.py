@@ -232,16 +232,17 @@ def test_leave_one_out_without_test_images(run_cli, tmp_path):
 
 
 def test_groups_change_the_chosen_k(run_cli, tmp_path):
-    """Near-copies in one group: k = 1 is perfect only without train_groups."""
+    """Near-copies in one group: k = 1 is perfect only without train_groups, or in a single one."""
     train, labels, _, _ = clusters(60, 1, dim=8, classes=3)
     copies = np.repeat(train, 3, axis=0) + 1e-3 * np.random.default_rng(0).normal(size=(180, 8))
     arrays = dict(train_features=copies, train_labels=np.repeat(labels, 3))
     groups = np.repeat([f"patient {i}" for i in range(60)], 3)
-    for name, value in dict(with_groups=groups, without=None).items():
+    for name, value in dict(with_groups=groups, without=None, one=groups == "").items():
         write(tmp_path / f"{name}.npz", **arrays, train_groups=value)
         run_cli(knn_eval, tmp_path / f"{name}.npz", "--output", tmp_path / name)
     (grouped,), (single,) = results(tmp_path / "with_groups"), results(tmp_path / "without")
     assert single["k"] == 1 and single["leave_one_out"]["1"] == 1
+    assert results(tmp_path / "one")[0]["leave_one_out"] == single["leave_one_out"]
     assert grouped["k"] > 1 and grouped["leave_one_out"]["1"] < 0.95
     # So is k among the drawn labels, and the copies are not pairs.
     assert grouped["tables"]["labels"]["20"] != single["tables"]["labels"]["20"]
@@ -281,12 +282,12 @@ def test_labels_needed_without_test_images(run_cli, tmp_path, sizes, found):
     labels = np.repeat([0, 1, 2], sizes)
     features = np.random.default_rng(0).normal(size=(len(labels), 8))
     arrays = dict(train_features=features, train_labels=labels, test_features=None)
-    for groups in (None, labels):
+    for groups in (None, labels, np.arange(len(labels)) % 2):
         write(tmp_path / "a.npz", **arrays, test_labels=None, train_groups=groups)
         run_cli(knn_eval, tmp_path / "a.npz", "--ks", 1)
         (result,) = results(tmp_path / "a/knn")
-        # Of groups that are classes, nothing is left.
-        assert [*result["tables"]["labels"]] == ([] if groups is labels else found)
+        # Of groups that are classes, nothing is left, and of two groups little.
+        assert [*result["tables"]["labels"]] == (found if groups is None else [])
         assert result["column"].endswith("(leave-one-out)")
 
 
