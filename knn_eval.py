@@ -390,7 +390,7 @@ def evaluate(entry, args):
         train, test = entry.train, entry.test
     elif not len(test):
         result["column"] += " (leave-one-out)"
-    if not np.ptp(train.groups):
+    if result["n_train"] > 1 and not np.ptp(train.groups):
         print(f"{entry.name}: the voting images are one group: leave-one-out ignores groups")
         train.groups = np.arange(len(train))
     # The images that vote and those that are predicted; without test images, the same.
