@@ -391,7 +391,7 @@ def evaluate(entry, args):
     elif not len(test):
         result["column"] += " (leave-one-out)"
     if result["n_train"] > 1 and not np.ptp(train.groups):
-        print(f"{entry.name}: the voting images are one group: leave-one-out ignores groups")
+        print(f"{entry.name}: all labelled training images are of one group, which leave-one-out ignores")
         train.groups = np.arange(len(train))
     # The images that vote and those that are predicted; without test images, the same.
     entry.voters, entry.queries = train, test if len(test) else train
@@ -460,7 +460,7 @@ def labels_needed(entry, args, tables):
     # A class with fewer than n labels gives all, unless the rest of each class is predicted.
     most = sizes.max() if by_test else sizes.min() - 1
     if not most:
-        print(f"{entry.name}: no table of few labels, as a class has one image only")
+        print(f"{entry.name}: no table of few labels: a class has a single image")
     for n in (n for n in args.labels_per_class if 0 < n <= most):
         for seed in range(20):
             # The same images for every input.
