@@ -391,7 +391,7 @@ def evaluate(entry, args):
     elif not len(test):
         result["column"] += " (leave-one-out)"
     if result["n_train"] > 1 and not np.ptp(train.groups):
-        print(f"{entry.name}: all labelled training images are of one group, which leave-one-out ignores")
+        print(f"{entry.name}: leave-one-out ignores groups, as the labels are of one only")
         train.groups = np.arange(len(train))
     # The images that vote and those that are predicted; without test images, the same.
     entry.voters, entry.queries = train, test if len(test) else train
