@@ -1085,7 +1085,10 @@ class Run:
                 # A second signal ends the process at once. torchrun repeats its own.
                 signal.signal(number, before[number])
 
-        before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {}
+        # Python refuses in other threads, in which wandb.agent calls a function.
+        with suppress(ValueError):
+            before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         first = self.first_step
         self.epoch_start = time.perf_counter(), first
         steps = batches(self.images.train, self.args, first, self.device)

@@ -7,11 +7,13 @@ import json
 import signal
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import at_step, read_log
 
 import knn_eval
+import simclr
 
 wandb = pytest.importorskip("wandb")
 pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
@@ -81,6 +83,12 @@ def test_track_logs_config_epochs_and_pictures(train, finished, folder):
     assert sorted(path.name.split("_")[0] for path in pictures) == ["curves", "views"]
     same = finished("simclr") / "embeddings.npz"
     assert (folder / "embeddings.npz").read_bytes() == same.read_bytes()
+
+
+def test_wandb_agent_calls_main_in_a_thread(tiny):
+    """Where Python allows no signal handlers."""
+    with ThreadPoolExecutor() as pool:
+        pool.submit(simclr.main, simclr.Args(**tiny(epochs=1, track=True))).result()
 
 
 def test_resume_continues_the_wandb_run(train, folder, monkeypatch):
