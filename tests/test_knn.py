@@ -525,7 +525,6 @@ MISTAKES = {
     "no row": (dict(train_features=np.ones((0, 8))), [], "0 sample"),
     "meta": (dict(meta=np.array("[1]")), [], "a.npz"),
     "k above n": ({}, ["--ks", 0, 500], "less their largest group, not (0, 500)"),
-    "one group": (dict(train_groups=np.zeros(160, int)), [], "--ks needs a number"),
     "no k": ({}, ["--ks"], "--ks needs a number"),
     "temperature": ({}, ["--temperature", 0], "--temperature 0"),
     "output": ({}, ["--output", __file__], "--output"),

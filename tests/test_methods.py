@@ -112,7 +112,7 @@ def test_recipes_fill_every_unset_flag(method):
     unset = {name for name, field in fields.items() if field.default is None}
     assert set(method.RECIPES) == set(fields["dataset"].type.__args__)
     for recipe in method.RECIPES.values():
-        assert set(recipe) == unset - {*"run_dir image_size labels window init".split()} | {
+        assert set(recipe) == unset - {*"run_dir image_size labels window fit init".split()} | {
             "augment"
         }
 
