@@ -65,7 +65,7 @@ class Args:
     image_size: int | None = None
     """side of the encoder's input in pixels (unset: that of the images, at most 224)"""
     augment: Literal["auto", "photo", "overhead", "symbol", "none"] = "auto"
-    """auto: the recipe's; photo: crops, flips, color; overhead: turns too; symbol: shifts, zooms"""
+    """auto: recipe's; photo: crops, flips, color; overhead: rotations too; symbol: shifts, zooms"""
     encoder: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None
     """torchvision's ResNet (resnet10: one block a stage); a 3x3 stem up to 64 pixels"""
     init: str | None = None

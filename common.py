@@ -392,7 +392,7 @@ def _torchvision(dataset, root):
     # STL10's second argument is split, that of the others train.
     splits = ("train+unlabeled", "test") if dataset == "stl10" else (True, False)
     help = f"place its original files in {str(root)!r} as torchvision does"
-    with user_errors(f"could not get {dataset}; {help}"), file_lock(root / ".lock"):
+    with user_errors(f"could not get {dataset}; {help}"), file_lock(root / ".download.lock"):
         data_class = getattr(torchvision.datasets, name)
         sets = [data_class(root, split, download=True) for split in splits]
     images = [np.asarray(part.data) for part in sets]
@@ -406,7 +406,8 @@ def _npz(dataset, path):
     """MedMNIST's form, also of more channels and bits; all but train_images are optional."""
     images, labels, extra = [], [], {}
     # Without pickles, reading runs no code.
-    with user_errors(f"cannot use {str(path)!r}"), np.load(path, allow_pickle=False) as arrays:
+    failed = f"cannot use {str(path)!r} as an .npz file"
+    with user_errors(failed), np.load(path, allow_pickle=False) as arrays:
         first = np.atleast_1d(arrays["train_images"])
         for part, x in dict(train=first, test=arrays.get("test_images", first[:0])).items():
             form = f"{part}_images must be numbers [N, H, W] or [N, H, W, C], H and W from 4"
@@ -440,11 +441,12 @@ def _image_files(root):
     names, others = [], Counter()
     found = sorted(glob.glob("**", root_dir=root, recursive=True), key=os.path.split)
     # Their pictures are no data.
-    runs = {Path(name).parent for name in found if name.endswith(("args.json", "knn.json"))}
+    marks = "args.json", "knn.json"
+    runs = {Path(name).parent for name in found if os.path.basename(name) in marks}
     for name in found:
         ending = Path(name).suffix
         if runs and runs & {*Path(name).parents}:
-            others["in folders of runs"] += 1
+            others[f"in folders with {' or '.join(marks)}"] += 1
         elif ending.lower() in IMAGE_ENDINGS:
             names.append(name)
         elif not os.path.isdir(root / name):
@@ -485,7 +487,7 @@ def _list_folder(root, table):
     # A single class says nothing, as in train/images/*.
     class_names = class_names if len(class_names) > 1 else []
     unknown = {*labels[1]} - {None, *class_names}
-    message = f"no training image is of the test images' classes {[*unknown][:5]}"
+    message = f"no training images of the test classes {[*unknown][:5]}"
     check(not unknown or not class_names, message)
     ids = {name: i for i, name in enumerate(class_names)}
     labels = [[ids.get(name, -1) for name in part] for part in labels]
@@ -1001,8 +1003,10 @@ class Run:
             Run.lock = filelock.FileLock(self.dir / ".lock")
             used = f"--run-dir {str(self.dir)!r} is in use by another run"
             # Some file systems have no locks.
-            with suppress(OSError, NotImplementedError), user_errors(used, filelock.Timeout):
-                self.lock.acquire(timeout=0)
+            with suppress(OSError, NotImplementedError):
+                # Another user's lock may not be opened.
+                with user_errors(used, (filelock.Timeout, PermissionError)):
+                    self.lock.acquire(timeout=0)
         return load_torch(path) if path.exists() else None
 
     def _resume(self, checkpoint):

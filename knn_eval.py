@@ -232,7 +232,8 @@ def read_embeddings(path):
 
     name = str(path.parent if path.stem == "embeddings" else path.with_suffix(""))
     entry = SimpleNamespace(name=name)
-    with user_errors(f"cannot evaluate {str(path)!r}"), np.load(path, allow_pickle=False) as arrays:
+    failed = f"cannot evaluate {str(path)!r} as an .npz file"
+    with user_errors(failed), np.load(path, allow_pickle=False) as arrays:
         train = arrays["train_features"]
         for part, x in dict(train=train, test=arrays.get("test_features", train[:0])).items():
             name, least = f"{part}_features", int(part == "train")
@@ -357,7 +358,7 @@ WORDS = ("all", "chosen k")
 # Files of an earlier evaluation in the same folder that must not stay next to the new ones.
 KNOWN = (
     "knn.csv knn.png labels.csv labels.png probe.csv probe.png suspects.csv predictions.csv "
-    "neighbors.png embedding_2d.png"
+    "pairs.csv neighbors.png embedding_2d.png"
 ).split()
 
 
@@ -391,7 +392,7 @@ def evaluate(entry, args):
     elif not len(test):
         result["column"] += " (leave-one-out)"
     if result["n_train"] > 1 and not np.ptp(train.groups):
-        print(f"{entry.name}: leave-one-out ignores groups, as the labels are of one only")
+        print(f"{entry.name}: all labelled images are of one group; leave-one-out ignores it")
         train.groups = np.arange(len(train))
     # The images that vote and those that are predicted; without test images, the same.
     entry.voters, entry.queries = train, test if len(test) else train
@@ -459,9 +460,7 @@ def labels_needed(entry, args, tables):
         methods["probe"] = probe
     # A class with fewer than n labels gives all, unless the rest of each class is predicted.
     most = sizes.max() if by_test else sizes.min() - 1
-    if not most:
-        print(f"{entry.name}: no table of few labels: a class has a single image")
-    for n in (n for n in args.labels_per_class if 0 < n <= most):
+    for n in (n for n in dict.fromkeys(args.labels_per_class) if 0 < n <= most):
         for seed in range(20):
             # The same images for every input.
             order = np.random.default_rng(seed).permutation(len(labels))
@@ -476,6 +475,8 @@ def labels_needed(entry, args, tables):
         tables[name] = {n: right for n, right in tables[name].items() if len(right) == 20}
     if tables["labels"]:
         tables["labels"]["all"] = tables["knn"]["chosen k"]
+    elif args.labels_per_class:
+        print(f"{entry.name}: too few images or groups for the table of few labels")
     if "probe" in methods and by_test:
         tables["probe"]["all"] = (probe(train, entry.queries) == entry.queries.labels).mean()
 

@@ -189,7 +189,10 @@ def test_folder_layout(tmp_path, capsys, name):
 @pytest.mark.parametrize(
     "names, says",
     [
-        ("train/a/0.png train/b/0.png test/c/0.png", "the test images' classes ['c']"),
+        (
+            "train/a/0.png train/b/0.png test/c/0.png",
+            "no training images of the test classes ['c']",
+        ),
         (
             "train/a/.0.png test/a/0.png",
             ".ppm .pgm; ignored: no files",
