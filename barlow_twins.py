@@ -59,7 +59,7 @@ class Args:
     window: tuple[float, float] | None = None
     """for images with more than 8 bits: values of black and white (unset: their percentiles)"""
     fit: Literal["crop", "pad", "stretch"] | None = None
-    """how images become square (unset: crop)"""
+    """how images become square (unset: crop, or that of --init)"""
     cache_dir: str = "cache"
     """where the decoded images of a folder are kept"""
     image_size: int | None = None
@@ -478,7 +478,7 @@ def main(args):
     run.draw_views(lambda batch: two_views(batch, view, images.size))
     # The network in DistributedDataParallel (several processes) and torch.compile.
     model = common.distribute(network, device, args.compile)
-    # On a CPU, compiled views are not faster. In another layout, cuDNN would blur, in TF32.
+    # On a CPU, compiled views are not faster. In channels_last, cuDNN may blur in TF32.
     options = dict(layout_optimization=False)
     compiled = args.compile and device.type == "cuda"
     draw = torch.compile(two_views, options=options) if compiled else two_views

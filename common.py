@@ -440,7 +440,7 @@ def _image_files(root):
     check(root.is_dir(), f"--data-dir {str(root)!r} is not a folder; name the root of the images")
     names, others = [], Counter()
     found = sorted(glob.glob("**", root_dir=root, recursive=True), key=os.path.split)
-    # Their pictures are no data.
+    # The pictures of runs and evaluations are no data.
     marks = "args.json", "knn.json"
     runs = {Path(name).parent for name in found if os.path.basename(name) in marks}
     for name in found:

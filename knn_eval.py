@@ -460,7 +460,7 @@ def labels_needed(entry, args, tables):
         methods["probe"] = probe
     # A class with fewer than n labels gives all, unless the rest of each class is predicted.
     most = sizes.max() if by_test else sizes.min() - 1
-    for n in (n for n in dict.fromkeys(args.labels_per_class) if 0 < n <= most):
+    for n in (n for n in args.labels_per_class if 0 < n <= most):
         for seed in range(20):
             # The same images for every input.
             order = np.random.default_rng(seed).permutation(len(labels))
@@ -472,7 +472,7 @@ def labels_needed(entry, args, tables):
                 tables[name].setdefault(n, []).append(right.mean())
     for name in methods:
         # Where groups leave a draw nothing to predict, the rest would not compare.
-        tables[name] = {n: right for n, right in tables[name].items() if len(right) == 20}
+        tables[name] = {n: right for n, right in tables[name].items() if len(right) >= 20}
     if tables["labels"]:
         tables["labels"]["all"] = tables["knn"]["chosen k"]
     elif args.labels_per_class:

@@ -335,10 +335,11 @@ def test_run_dir_in_use_is_refused(refused, tiny, folder, finished):
 
 
 def test_file_system_without_locks(train, monkeypatch):
-    """As some of NFS: the run goes on without."""
+    """As some of NFS: the run and the block of file_lock go on without."""
     # An OSError.
     monkeypatch.setattr("fcntl.flock", lambda *args: os.close(-1))
-    train(epochs=1)
+    with common.file_lock("x"):
+        train(epochs=1)
 
 
 def test_run_dir_is_free_after_an_exception(train, folder, finished, monkeypatch):

@@ -463,8 +463,9 @@ def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
     labels = table(tmp_path, "file,label,split,group", *lines)
     words = dict(dataset="folder", data_dir=scans, labels=labels, epochs=0, width=16)
     words["cache_dir"] = "elsewhere"
-    # The pictures of a run among the images are no images.
+    # The pictures of a run among the images are no images; other files hide nothing.
     run = scans / "runs/a"
+    (scans / "kwargs.json").touch()
     result = run_cli(simclr, **words, run_dir=run)
     assert "2 of 10 training images are unlabelled; the others are of 2" in result.out
     arrays = np.load(run / "embeddings.npz")
