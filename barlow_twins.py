@@ -40,9 +40,9 @@ class Args:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs of capability 8.0 and up, fp16 on older ones, fp32 elsewhere"""
     compile: bool = False
-    """torch.compile network and (on a GPU) views: a minute at the start, then faster"""
+    """torch.compile network and (on a GPU) views: a slow start, and no gain on a CPU"""
     deterministic: bool = False
-    """the same bytes from the same seed on a GPU, more slowly (a CPU always gives them)"""
+    """bitwise reproducible on a GPU, but slower (CPU runs always are reproducible)"""
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "ssl"
@@ -83,15 +83,15 @@ class Args:
     """linear layers of the projector (0: z is h)"""
     # optimization
     epochs: int | None = None
-    """passes over the training images (unset: more if they are few); 0: the encoder as it starts"""
+    """passes over the training images (unset: more if few); 0: evaluate the initial encoder"""
     batch_size: int | None = None
-    """global batch size in images (unset: at most a quarter of them)"""
+    """global batch size (unset: at most a quarter of the images)"""
     lr: float | None = None
     """peak learning rate (unset: the recipe's, scaled linearly with --batch-size)"""
     weight_decay: float | None = None
     """weight decay, not applied to biases and norms"""
     warmup_epochs: float | None = None
-    """epochs of linear warm-up before the cosine decay; cut to half of the run"""
+    """epochs of linear warm-up before the cosine decay; at most half of the run"""
     # evaluation
     eval_every: int = 10
     """epochs between kNN evaluations on the test split (0: only the last epoch)"""

@@ -194,7 +194,7 @@ def set_up(args):
 
 
 def seed_draws(seed, purpose, step=0):
-    """Seed PyTorch by (seed, purpose, step) alone, so that a resumed run draws the same numbers.
+    """Seed PyTorch only by (seed, purpose, step), so that a resumed run draws the same numbers.
 
     purpose: "weights", the same on every rank, or "views", each rank its own.
     """
@@ -207,8 +207,8 @@ def seed_draws(seed, purpose, step=0):
 def gather(z):
     """All-gather z [N, D] of every rank -> [WORLD_SIZE * N, D], with gradient.
 
-    The same loss of the gathered batch, computed by every rank, then has the gradient of one
-    process after DDP's average.
+    If every rank computes the loss of the gathered batch, DDP's mean gradient equals that of a
+    single process.
     """
     if WORLD_SIZE == 1:
         return z
@@ -245,7 +245,7 @@ def broadcast(value):
 
 @dataclass
 class Images:
-    """A data set. Labels are -1 where unlabelled."""
+    """A data set. Labels are -1 where unlabeled."""
 
     # uint8 [N, C, S, S], S >= size: on the device, in memory, or mapped from a decoded folder.
     train: torch.Tensor
@@ -281,8 +281,8 @@ def load_images(
 
     image_size None: the size of the images, at most 224. labels: the CSV file of a folder's labels.
     window (low, high): the values that become 0 and 255 in images with more than 8 bits; None: the
-    0.1 and 99.9 percentile. fit: see `square`. If they take less than a quarter of a GPU's memory,
-    they go there. UserError if data is missing or broken.
+    0.1 and 99.9 percentile. fit: see `square`. The images stay on a
+    GPU if they take less than a quarter of its free memory. UserError if data is missing or broken.
     """
     check(not labels or dataset == "folder", f"--labels needs --dataset folder, not {dataset}")
     device, root = torch.device(device), Path(data_dir)
@@ -349,7 +349,7 @@ def sample_pixels(values, n):
 
 
 def size_and_window(sizes, values, window, fit):
-    """The usual side of the squares, and the window of most images with more than 8 bits.
+    """Median side of the squares; the window if most images have more than 8 bits, else None.
 
     sizes: sorted sides of sampled images; values: pixels of each of them with more than 8 bits.
     """
@@ -418,7 +418,7 @@ def _npz(dataset, path):
             check(fits, f"{str(path)!r}: {form}, N from 1, C to 32, {found}")
             y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
             groups = arrays.get(f"{part}_groups", y).flatten()
-            form = f"{part}_labels must be {len(x)} integers, -1 for unlabelled, and as many groups"
+            form = f"{part}_labels must be {len(x)} integers, -1 for unlabeled, and as many groups"
             fits = y.dtype.kind in "iu" and len(y) == len(groups) == len(x)
             found = f"{y.dtype} {len(y)} and {len(groups)}"
             check(fits and y.min(initial=0) >= -1, f"{str(path)!r}: {form}, not {found}")
@@ -460,7 +460,7 @@ def _list_folder(root, table):
     """[train, test] file names below root and class ids, class names, and Images.extra.
 
     The layout is train/<class>/* with test/ or val/; images of train/ outside of a class folder are
-    unlabelled, as is any other tree. table: a CSV file with the columns file and label, and where
+    unlabeled, as is any other tree. table: a CSV file with the columns file and label, and where
     wanted split (train or test) and group; its labels replace those of the layout.
     """
     names, others = _image_files(root)
@@ -491,12 +491,12 @@ def _list_folder(root, table):
     check(not unknown or not class_names, message)
     ids = {name: i for i, name in enumerate(class_names)}
     labels = [[ids.get(name, -1) for name in part] for part in labels]
-    unlabelled = labels[0].count(-1)
-    if unlabelled:
+    unlabeled = labels[0].count(-1)
+    if unlabeled:
         shown = ", ".join(class_names[:10]) + ", ..." * (len(class_names) > 10)
         hint = f"the others are of {len(class_names)} classes: {shown}"
         hint = hint if class_names else "label two classes by folders train/<class>/ or --labels"
-        note(f"note: {unlabelled} of {len(files[0])} training images are unlabelled; {hint}")
+        note(f"note: {unlabeled} of {len(files[0])} training images are unlabeled; {hint}")
     if others:
         note(f"note: ignored in {str(root)!r}: {ignored}")
     extra = dict(zip(("train_files", "test_files"), (np.array(part, np.str_) for part in files)))
@@ -539,8 +539,8 @@ def _read_table(path, names):
             mistakes.append(f"line {number}: split is {split!r}, not train or test")
         rows[name] = row
     check(not mistakes, "\n".join(f"--labels {path!r}, {line}" for line in mistakes[:20]))
-    labelled = any(row["label"] for row in rows.values())
-    check(labelled, f"--labels {path!r}: the column label is empty")
+    labeled = any(row["label"] for row in rows.values())
+    check(labeled, f"--labels {path!r}: the column label is empty")
     return rows
 
 
@@ -740,7 +740,7 @@ def start_encoder(args, images):
 def load_weights(encoder, init):
     """Start from an encoder.pt, a state dict with torchvision's keys, or "imagenet". UserError.
 
-    A first convolution of other channels is averaged over them, and scaled to keep its output.
+    A first convolution of other input channels is averaged over them and rescaled.
     Returns the mean and std [C, 1, 1] of the inputs, ImageNet's unless an encoder.pt names them,
     and their window.
     """
@@ -777,7 +777,7 @@ def load_encoder(path):
     `encoder(normalize(images, info["mean"], info["std"]))` gives features [N, feature_dim] of
     images of info["image_size"] pixels. An array of more than 8 bits first becomes
     `torch.from_numpy(to_uint8(array, info["window"]))`.
-    UserError if the file is damaged or not such a file.
+    UserError if it is damaged or not an encoder.pt.
     """
     info = load_torch(path)
     with user_errors(f"{str(path)!r} is not an encoder.pt of these scripts"):
@@ -833,15 +833,15 @@ def spread(z):
 
 
 def knn_monitor(encoder, images, k):
-    """{"effective_rank": of the training features, "knn_acc": cosine majority vote, if labelled}.
+    """{"effective_rank": of the training features, "knn_acc": cosine majority vote, if labeled}.
 
-    knn_acc is of the test images, or by leave-one-out without labelled test images.
+    knn_acc is of the test images, or by leave-one-out without labeled test images.
     """
     from knn_eval import effective_rank, knn_sweep
 
     labels, test_labels = images.train_labels.numpy(), images.test_labels.numpy()
     rows, test_rows = ((part != -1).nonzero()[0] for part in (labels, test_labels))
-    # The rows that knn_eval.py's effective rank takes, labelled or not.
+    # The rows that knn_eval.py's effective rank takes, labeled or not.
     sample = slice(None, None, math.ceil(len(labels) / 2048))
     record = dict(effective_rank=effective_rank(embed(encoder, images, "train", sample)))
     if len(rows) < 2:
@@ -940,7 +940,7 @@ def draw_curves(path, records):
 
 
 class Run:
-    """A run folder and what happens around a training step.
+    """A run folder with its log, evaluations and checkpoints.
 
     The constructor resumes from the folder's checkpoint, if any, and writes args.json; `batches`
     feeds the loop, `record` follows every step, and `finish` writes the results.

@@ -5,7 +5,7 @@
     python knn_eval.py features.npz --metric euclidean --ks 1 5 20
 
 An input is a run folder, or an .npz with train_features [N, D] and, where known, train_labels [N],
-train_groups [N], test_features [M, D] and test_labels [M]; label -1 is unlabelled. k is chosen by
+train_groups [N], test_features [M, D] and test_labels [M]; label -1 is unlabeled. k is chosen by
 leave-one-out on the training images, without the test labels.
 
 To sweep k in your own code, copy everything above `Args` without `import tyro`: NumPy, scikit-learn
@@ -175,7 +175,7 @@ class Args:
     ] = ()
     """run folders or .npz files (none: every run under runs/)"""
     ks: tuple[int, ...] = (1, 2, 3, 4, 5, 10, 20, 50, 70, 100, 200, 500, 1000)
-    """numbers of neighbors, of which the possible ones are taken"""
+    """values of k; those above the number of training images are skipped"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """distance between features"""
     vote: Literal["uniform", "softmax"] = "uniform"
@@ -183,19 +183,19 @@ class Args:
     temperature: float = 0.07
     """temperature of the softmax vote"""
     whiten: bool = False
-    """whiten the features by the training features"""
+    """ZCA-whiten the features, fitted on the training features"""
     labels_per_class: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
-    """numbers of labels a class for the table of few labels (nothing: no such table)"""
+    """labels per class in the table of few labels (no value: no such table)"""
     pixels: bool = False
-    """also evaluate the raw pixels of the runs' data sets, of at most 32 pixels a side"""
+    """also evaluate the raw pixels of the runs' data sets, resized to at most 32 x 32"""
     probe: bool = False
-    """also fit logistic regressions on the frozen features: few labels, and all"""
+    """also fit linear probes (logistic regression): few labels, and all"""
     embedding_2d: Literal["pca", "tsne"] = "pca"
     """projection for the 2-D plot of the features"""
     table: Literal["md", "latex"] = "md"
     """format of the printed tables"""
     output: str | None = None
-    """folder for all files (unset: RUN/knn, of x.npz x/knn, of several runs/knn)"""
+    """folder of all files (unset: RUN/knn; of x.npz: x/knn; of several inputs: runs/knn)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of the neighbor search"""
     track: bool = False
@@ -392,7 +392,7 @@ def evaluate(entry, args):
     elif not len(test):
         result["column"] += " (leave-one-out)"
     if result["n_train"] > 1 and not np.ptp(train.groups):
-        print(f"{entry.name}: all labelled images are of one group; leave-one-out ignores it")
+        print(f"{entry.name}: all labeled images are of one group; leave-one-out ignores it")
         train.groups = np.arange(len(train))
     # The images that vote and those that are predicted; without test images, the same.
     entry.voters, entry.queries = train, test if len(test) else train
@@ -605,7 +605,7 @@ def draw_embedding(entry, get, args):
     for i, label in enumerate(classes):
         colors[i] = (0.7, 0.7, 0.7) if label == -1 else colors[i]
         # For the legend.
-        axes.scatter([], [], s=8, color=colors[i], label=entry.class_name(label) or "unlabelled")
+        axes.scatter([], [], s=8, color=colors[i], label=entry.class_name(label) or "unlabeled")
     axes.scatter(*points.T, s=8, color=[colors[i] for i in ids])
     if get:
         # One image in each cell of a grid of 20 x 20.

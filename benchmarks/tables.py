@@ -140,7 +140,7 @@ def verdict(differences):
     low, high = test.confidence_interval()
     word = "better" if low > 0 else "worse" if high < 0 else "undecided"
     if max(map(abs, test.confidence_interval(0.9))) < 1:
-        word = "equal"
+        word = "equivalent"
     # As the protocol has it.
     word = word if n >= 5 else "too few seeds"
     return [f"{center:+.1f} ({low:+.1f} to {high:+.1f})", word]
@@ -181,8 +181,8 @@ def next_to_lightly():
     for arm, method, ours, lightly, difference, word, *_ in sides:
         if arm in ("arm A", "arm B"):
             lines.setdefault(method, [method, lightly]).extend([ours, f"{difference}, {word}"])
-    header = ["kNN accuracy in %", "lightly", "lightly's recipe", "difference"]
-    return rows([*header, "our recipe", "difference"], lines.values())
+    header = ["kNN accuracy in %", "lightly", "ours, its recipe", "difference"]
+    return rows([*header, "ours, our recipe", "difference"], lines.values())
 
 
 def draw(name):

@@ -23,9 +23,10 @@ arm A also from the same heads.
   sees half as many images.
 
 The result is the mean difference over at least 5 seeds with its 95 % t-interval. A method is
-"equal" only if the 90 % interval lies within 1 point of zero, which is the two one-sided tests'
-criterion. Every run appends a line to --output, and recorded runs are not repeated: processes with
-different --methods or --seeds can share the work. lightly is not in requirements.txt.
+"equivalent" only if the 90 % interval lies within 1 point of zero, which is the two one-sided
+tests' criterion. Every run appends a line to --output, and recorded runs are not repeated:
+processes with different --methods or --seeds can share the work. lightly is not in
+requirements.txt.
 """
 
 import copy

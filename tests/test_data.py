@@ -150,7 +150,7 @@ def test_cifar10_jpeg_folder(tmp_path, cifar10):
 LAYOUTS = {
     "train and test": ("train/b/0.png train/a/x/1.PNG test/a/2.png", "a b", [0, 1], [0]),
     "val": ("train/b/0.png train/a/1.png val/b/2.png", "a b", [0, 1], [1]),
-    "unlabelled test": ("train/a/0.png train/b/1.png test/2.png", "a b", [0, 1], [-1]),
+    "unlabeled test": ("train/a/0.png train/b/1.png test/2.png", "a b", [0, 1], [-1]),
     "tree": ("0.png sub/1.png sub/deeper/2.png", "", [-1, -1, -1], []),
     "loose file in train": ("train/1.png train/a/2.png train/b/0.png", "a b", [-1, 0, 1], []),
     "outside of train": ("train/a/0.png train/b/1.png more/2.png", "a b", [0, 1], []),
@@ -173,10 +173,10 @@ def test_folder_layout(tmp_path, capsys, name):
     assert images.train_labels.tolist() == train_labels
     assert images.test_labels.tolist() == test_labels
     out = capsys.readouterr().out
-    note = "1 of 3 training images are unlabelled; the others are of 2 classes: a, b\n"
+    note = "1 of 3 training images are unlabeled; the others are of 2 classes: a, b\n"
     assert (note in out) == (name == "loose file in train")
     alone = name in ("tree", "one class")
-    assert ("3 of 3 training images are unlabelled; label" in out) == alone
+    assert ("3 of 3 training images are unlabeled; label" in out) == alone
     hint = ", 1 images outside of train and test; to use them, move them into train"
     ignored = hint if name == "outside of train" else ""
     assert f"note: ignored in {str(tmp_path)!r}: 1 .txt{ignored}" in out
@@ -428,7 +428,7 @@ def test_note_on_images_far_from_square(tmp_path, capsys):
 
 @pytest.fixture
 def scans(tmp_path):
-    """An unlabelled folder of 12 images."""
+    """An unlabeled folder of 12 images."""
     for i in range(12):
         write(tmp_path / "scans" / f"{i:02}.png", noise(8, 8, 3, seed=i))
     return tmp_path / "scans"
@@ -458,7 +458,7 @@ def test_mistakes_in_a_table(refused, scans, tmp_path, text, says):
 
 
 def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
-    """file, label, split, group: unlisted files stay unlabelled; groups reach embeddings.npz."""
+    """file, label, split, group: unlisted files stay unlabeled; groups reach embeddings.npz."""
     lines = [f"{i:02}.png,{'ab'[i % 2]},{'test' if i > 7 else ''},g{i // 2}" for i in range(10)]
     labels = table(tmp_path, "file,label,split,group", *lines)
     words = dict(dataset="folder", data_dir=scans, labels=labels, epochs=0, width=16)
@@ -467,7 +467,7 @@ def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
     run = scans / "runs/a"
     (scans / "kwargs.json").touch()
     result = run_cli(simclr, **words, run_dir=run)
-    assert "2 of 10 training images are unlabelled; the others are of 2" in result.out
+    assert "2 of 10 training images are unlabeled; the others are of 2" in result.out
     arrays = np.load(run / "embeddings.npz")
     expected = [f"g{i // 2}" for i in range(8)] + ["10.png", "11.png"]
     assert arrays["train_groups"].tolist() == expected and [*arrays["class_names"]] == ["a", "b"]
@@ -484,8 +484,8 @@ def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
     assert not (run / "knn/neighbors.png").exists()
 
 
-def test_unlabelled_rows_of_a_table(scans, tmp_path):
-    """An empty label is unlabelled, and keeps its split and group; spaces do not count.
+def test_unlabeled_rows_of_a_table(scans, tmp_path):
+    """An empty label is unlabeled, and keeps its split and group; spaces do not count.
 
     As Excel and Macs write tables: semicolons, empty rows, decomposed accents.
     """
@@ -828,12 +828,12 @@ def test_build_encoder_equals_torchvision(name, size):
 @pytest.mark.parametrize("part", ["test", "train", "groups"])
 @pytest.mark.parametrize("k", [5, 10_000])
 def test_knn_monitor_equals_knn_sweep(k, part):
-    """Of the test images, by leave-one-out without labelled ones; test_knn.py has scikit-learn.
+    """Of the test images, by leave-one-out without labeled ones; test_knn.py has scikit-learn.
 
     k is at most the size of the largest class.
     """
     images, encoder, groups = common.load_images("digits"), torch.nn.Flatten(), None
-    # Unlabelled images do not vote, but count in the effective rank.
+    # Unlabeled images do not vote, but count in the effective rank.
     images.train_labels[::9] = -1
     known = images.train_labels.numpy() >= 0
     features = common.embed(encoder, images, "train")
@@ -856,7 +856,7 @@ def test_knn_monitor_equals_knn_sweep(k, part):
 
 
 def test_knn_monitor_without_labels():
-    """Unlabelled training images give the effective rank only."""
+    """Unlabeled training images give the effective rank only."""
     images = common.load_images("digits")
     images.train = images.train.repeat(3, 1, 1, 1)
     images.train_labels = images.train_labels.repeat(3).fill_(-1)

@@ -152,7 +152,7 @@ def torchrun(script, **values):
 def test_torchrun_sigterm_and_resume_on_one_process(
     tiny, photos, finished, tmp_path, run_cli, monkeypatch
 ):
-    """Two processes read one labelled folder, write one run; stopped, one process continues it."""
+    """Two processes read one labeled folder, write one run; stopped, one process continues it."""
     files = [path.relative_to(photos) for path in photos.rglob("*.png")]
     lines = ["file,label,split", *(f"{f},{f.parts[1]},{f.parts[0]}" for f in files)]
     (tmp_path / "labels.csv").write_text("\n".join(lines))

@@ -338,7 +338,7 @@ def test_suspects_find_flipped_labels(run_cli, tmp_path):
 SEEDS = dict(ema=0.9), dict(ema=0.9, seed=2), dict(ema=0.99)
 
 
-def test_unlabelled_images_are_predicted_and_do_not_vote(run_cli, tmp_path):
+def test_unlabeled_images_are_predicted_and_do_not_vote(run_cli, tmp_path):
     """By scikit-learn at the chosen k, most certain first, ties by the other k.
 
     Classes missing from one split keep their names.
@@ -481,7 +481,7 @@ def test_pictures_only_of_the_same_images(run_cli, finished, tmp_path):
         assert (tmp_path / "a/knn/embedding_2d.png").exists()
 
 
-def test_unlabelled_run(run_cli, finished, tmp_path):
+def test_unlabeled_run(run_cli, finished, tmp_path):
     """Without labels: effective rank, pairs, neighbors and the 2-D plot, no accuracies."""
     shutil.copytree(finished("simclr"), tmp_path / "run")
     with np.load(tmp_path / "run/embeddings.npz") as file:
