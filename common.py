@@ -771,26 +771,28 @@ def load_weights(encoder, init):
     return mean, std, window
 
 
-def load_encoder(path):
+def load_encoder(path, encoder=None):
     """The encoder of an encoder.pt in eval mode, and the file's other entries as a dict.
 
-    `encoder(normalize(images, info["mean"], info["std"]))` gives features [N, feature_dim] of
-    images of info["image_size"] pixels. An array of more than 8 bits first becomes
+    encoder: your own or changed one, into which the weights are loaded.
+    `encoder(normalize(images, info["mean"], info["std"]))` gives features [N, D] of images of
+    info["image_size"] pixels. An array of more than 8 bits first becomes
     `torch.from_numpy(to_uint8(array, info["window"]))`.
     UserError if it is damaged or not an encoder.pt.
     """
     info = load_torch(path)
     with user_errors(f"{str(path)!r} is not an encoder.pt of these scripts"):
         size, channels = info["image_size"], len(info["mean"])
-        encoder, _ = build_encoder(info["encoder"], size, info["width"], channels)
+        if encoder is None:
+            encoder, _ = build_encoder(info["encoder"], size, info["width"], channels)
         encoder.load_state_dict(info.pop("state_dict"))
     return encoder.eval(), info
 
 
 @no_warnings()
-def encode_files(path, files, device="cpu"):
-    """Features [N, D] float32 of image files by an encoder.pt, decoded as in training."""
-    encoder, info = load_encoder(path)
+def encode_files(path, files, device="cpu", encoder=None):
+    """Features [N, D] float32 of image files by `load_encoder`, decoded as in training."""
+    encoder, info = load_encoder(path, encoder)
     size, mean, std = info["image_size"], info["mean"].to(device), info["std"].to(device)
     form, features = [info[key] for key in ("side", "window", "fit")], []
     for start in range(0, len(files), 256):
@@ -961,6 +963,8 @@ class Run:
         self.method, self.images, self.encoder = method, images, encoder
         # build_encoder's is named by its architecture, another by its class.
         name = getattr(encoder, "architecture", type(encoder).__name__)
+        message = "--init is for start_encoder's encoder; load the weights of another in main"
+        check(not args.init or hasattr(encoder, "architecture"), message)
         self.args = args = replace(args, image_size=images.size, window=images.window, encoder=name)
         self.state = dict(network=network, optimizer=optimizer, scaler=scaler)
         n, self.device = len(images.train), images.mean.device
@@ -1175,7 +1179,7 @@ class Run:
         if RANK:
             return
         state = {name: module.state_dict() for name, module in self.state.items()}
-        finite = all(value.isfinite().all() for value in state["network"].values())
+        finite = all(p.isfinite().all() for p in self.state["network"].parameters())
         check(finite, f"step {step}: the weights are not finite; a lower --lr may help")
         state |= dict(step=step + 1, totals=self.totals, facts=self.facts, wandb_id=self.wandb_id)
         state["records"] = self.records

@@ -31,7 +31,7 @@ import tyro
 from scipy.stats import binomtest, entropy
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
-from sklearn.utils import check_array, check_consistent_length, gen_batches
+from sklearn.utils import check_array, check_consistent_length, column_or_1d, gen_batches
 from tqdm import tqdm
 
 # Queries searched at a time: on a GPU, 512 x 1.28 million float64 distances take 5 GB.
@@ -70,7 +70,8 @@ def knn_sweep(
     """
     if metric not in ("cosine", "euclidean") or vote not in ("uniform", "softmax"):
         raise ValueError(f"unknown metric {metric!r} or vote {vote!r}")
-    check_consistent_length(train_features, train_labels)
+    train_labels = column_or_1d(train_labels)
+    check_consistent_length(train_features, train_labels, groups)
     n, own, ks = len(train_features), None, sorted(set(ks))
     if test_features is None:
         test_features = train_features
@@ -156,7 +157,7 @@ def effective_rank(features):
 
 
 def whiten(train, test, ridge=0.01):
-    """ZCA of features [N, D] and [M, D] by the covariance of train (arXiv:2408.07519).
+    """ZCA of features [N, D] and [M, D], float32 or float64, by train (arXiv:2408.07519).
 
     ridge times the mean variance is added to each variance.
     """
@@ -647,7 +648,7 @@ def draw_curves(rows, xlabel):
 
 
 def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 

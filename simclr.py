@@ -330,7 +330,8 @@ def augment(images, view, size):
 def two_views(images, view=PHOTO_VIEW, size=None, mean=0.0, std=1.0):
     """Two random views v1, v2 of uint8 images [N, C, H, W]: float32 [N, C, size, size].
 
-    Values are (view in [0, 1] - mean) / std. Every image draws its own parameters.
+    Values are (view in [0, 1] - mean) / std, mean and std numbers or tensors [C, 1, 1], in
+    channels_last memory. Every image draws its own parameters.
     """
     assert images.dtype == torch.uint8, f"two_views needs uint8 images, not {images.dtype}"
     n, channels, height = images.shape[:3]
@@ -414,8 +415,9 @@ def make_optimizer(network, weight_decay):
     params = [p for p in network.parameters() if p.requires_grad]
     decayed = dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay)
     other = dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)
-    # For another optimizer, replace all lines from here on. A fused one skips the steps in which
-    # fp16 overflows without waiting for the GPU.
+    # For another optimizer, replace all lines from here on, and choose --lr for it: the recipes'
+    # are SGD's, and train_step sets the lr of all groups. A fused one skips the steps in which fp16
+    # overflows without waiting for the GPU.
     optimizer = torch.optim.SGD([decayed, other], lr=0.0, momentum=0.9, fused=True)
     for p in params:
         # Fused SGD leaves its momentum uninitialized if the first step is skipped.

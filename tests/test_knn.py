@@ -117,6 +117,8 @@ BAD_ARGUMENTS = {
     "metric": dict(metric="manhattan"),
     "vote": dict(vote="loud"),
     "other length": dict(train_labels=[0, 1]),
+    "other length of groups": dict(test_features=None, groups=[0, 1]),
+    "one-hot labels": dict(train_labels=np.eye(300)),
 }
 
 
@@ -127,6 +129,13 @@ def test_knn_sweep_raises_value_error(name):
     arguments = dict(train_features=train, train_labels=labels, test_features=test, ks=[1, 5])
     with pytest.raises(ValueError):
         knn_sweep(**{**arguments, **BAD_ARGUMENTS[name]})
+
+
+def test_labels_in_a_column():
+    """Labels [N, 1], as of MedMNIST, are those of [N]."""
+    train, labels, test, _ = clusters(300, 100)
+    found, expected = (knn_sweep(train, y, test, [5])[5] for y in (labels[:, None], labels))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_first_part_alone_gives_knn_sweep(tmp_path):
