@@ -8,33 +8,18 @@ An input is a run folder, or an .npz with train_features [N, D] and, where known
 train_groups [N], test_features [M, D] and test_labels [M]; label -1 is unlabeled. k is chosen by
 leave-one-out on the training images, without the test labels.
 
-To sweep k in your own code, copy everything above `Args` without `import tyro`: NumPy, scikit-learn
-and tqdm are enough on a CPU, and PyTorch searches on a GPU. README.md, section kNN evaluation,
-explains the output.
+To sweep k in your own code, copy everything above the command line. README.md, section kNN
+evaluation, explains the output.
 """
 
-import copy
-import csv
-import json
-import re
-import shlex
-import sys
-import tempfile
-import warnings
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Literal
-
 import numpy as np
-import tyro
-from scipy.stats import binomtest, entropy
-from sklearn.neighbors import NearestNeighbors
+import torch
+from scipy.stats import entropy
 from sklearn.preprocessing import normalize
 from sklearn.utils import check_array, check_consistent_length, column_or_1d, gen_batches
 from tqdm import tqdm
 
-# Queries searched at a time: on a GPU, 512 x 1.28 million float64 distances take 5 GB.
+# Queries searched at a time: 512 x 1.28 million float64 distances take 5 GB.
 CHUNK = 512
 FLOATS = [np.float32, np.float64]
 
@@ -63,7 +48,7 @@ def knn_sweep(
     vote: "uniform" (majority), or "softmax": exp(-distance**2 / 2 / temperature), for cosine
         proportional to exp(similarity / temperature) (Wu et al. 2018, arXiv:1805.01978). The
         smallest label wins a tied vote.
-    device: None searches with scikit-learn on the CPU, a PyTorch device searches there in float64.
+    device: PyTorch's, of the search (None: the CPU).
 
     Predictions ("uniform") equal those of scikit-learn's KNeighborsClassifier, except
     where training points of different labels at the same distance straddle k.
@@ -88,14 +73,13 @@ def knn_sweep(
     temperature = temperature if vote == "softmax" else np.inf
     for rows, distances, neighbors in chunks:
         # Relative to the nearest neighbor, against underflow.
-        weights = np.exp((distances[:, :1] ** 2 - distances**2) / 2 / temperature)
-        ids = train_ids[neighbors]
-        votes = np.zeros((len(ids), len(classes)))
-        for k in range(1, ks[-1] + 1):
-            votes[np.arange(len(ids)), ids[:, k - 1]] += weights[:, k - 1]
-            if k in predictions:
-                predictions[k][rows] = classes[votes.argmax(axis=1)]
-                shares[k][rows] = votes.max(axis=1) / votes.sum(axis=1)
+        weights = torch.exp((distances[:, :1] ** 2 - distances**2) / 2 / temperature)
+        ids = torch.from_numpy(train_ids)[neighbors]
+        votes = weights.new_zeros(len(ids), len(classes))
+        for last, k in zip([0, *ks], ks):
+            votes.scatter_add_(1, ids[:, last:k], weights[:, last:k])
+            predictions[k][rows] = classes[votes.argmax(1).numpy()]
+            shares[k][rows] = votes.amax(1) / votes.sum(1)
     return (predictions, shares) if return_shares else predictions
 
 
@@ -108,40 +92,20 @@ def nearest(train, queries, k, metric="cosine", device=None, groups=None, own=No
     train, queries = (check_array(x, dtype=FLOATS, order="C") for x in (train, queries))
     if metric == "cosine":
         train, queries = normalize(train), normalize(queries)
-    extra = 0 if own is None else np.bincount(groups).max()
-    k = min(k, len(train) - extra)
-    if device is None:
-        search = NearestNeighbors(algorithm="brute").fit(train).kneighbors
-    else:
-        search = _torch_search(train, device)
+    most = len(train) if own is None else len(train) - np.bincount(groups).max()
+    # float64: the TF32 or float32 of a matrix product would change neighbors.
+    train = torch.tensor(train, device=device or "cpu", dtype=torch.float64)
+    norms = train.square().sum(1)
     chunks = [*gen_batches(len(queries), CHUNK)]
     for rows in tqdm(chunks, "neighbors", leave=False, delay=5, disable=None):
-        distances, neighbors = search(queries[rows], k + extra)
-        if own is not None:
-            # The query's own group goes last.
-            order = (groups[neighbors] == own[rows, None]).argsort(axis=1, kind="stable")[:, :k]
-            distances = np.take_along_axis(distances, order, axis=1)
-            neighbors = np.take_along_axis(neighbors, order, axis=1)
-        yield rows, distances, neighbors
-
-
-def _torch_search(train, device):
-    """Exact search on a PyTorch device: a function like NearestNeighbors.kneighbors."""
-    import torch
-
-    # float64: TF32 matrix products would change neighbors.
-    train = torch.from_numpy(train).to(device, torch.float64)
-    norms = torch.linalg.vector_norm(train, dim=1).square()
-
-    def search(queries, k):
-        queries = torch.from_numpy(queries).to(train)
+        chunk = torch.tensor(queries[rows]).to(train)
         # torch.cdist would copy train each time.
-        squares = torch.addmm(norms, queries, train.T, alpha=-2)
-        squares, neighbors = squares.topk(k, largest=False)
-        distances = (squares + queries.square().sum(1, keepdim=True)).clamp(min=0).sqrt()
-        return distances.cpu().numpy(), neighbors.cpu().numpy()
-
-    return search
+        squares = torch.addmm(norms, chunk, train.T, alpha=-2)
+        if own is not None:
+            squares[torch.from_numpy(groups == own[rows, None])] = torch.inf
+        squares, neighbors = squares.topk(min(k, most), largest=False)
+        squares += chunk.square().sum(1, keepdim=True)
+        yield rows, squares.clamp(min=0).sqrt().cpu(), neighbors.cpu()
 
 
 def effective_rank(features):
@@ -165,6 +129,29 @@ def whiten(train, test, ridge=0.01):
     variances, axes = np.linalg.eigh(train.T @ train / max(1, len(train) - 1))
     variances += ridge * variances.mean() + 1e-12
     return [x @ (axes * variances**-0.5) @ axes.T for x in (train, test)]
+
+
+# ---------------------------------------------------------------- the command line
+# What follows also needs common.py, matplotlib and tyro.
+
+import copy
+import csv
+import json
+import re
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import tyro
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from scipy.stats import binomtest
+from sklearn.metrics import recall_score
+
+from common import Tracker, UserError, check, cli, load_images, pick_device, square, user_errors
 
 
 @dataclass
@@ -229,15 +216,14 @@ class Part:
 
 def read_embeddings(path):
     """An embeddings.npz as an object: train and test (arrays), meta, class_names. UserError."""
-    from common import user_errors
-
     name = str(path.parent if path.stem == "embeddings" else path.with_suffix(""))
     entry = SimpleNamespace(name=name)
     failed = f"cannot evaluate {str(path)!r} as an .npz file"
     with user_errors(failed), np.load(path, allow_pickle=False) as arrays:
-        train = arrays["train_features"]
-        for part, x in dict(train=train, test=arrays.get("test_features", train[:0])).items():
-            name, least = f"{part}_features", int(part == "train")
+        for part in ("train", "test"):
+            name = f"{part}_features"
+            x = arrays.get(name, arrays["train_features"][:0])
+            least = int(part == "train")
             x = check_array(x, dtype=FLOATS, ensure_min_samples=least, input_name=name)
             index = np.arange(len(x))
             labels = arrays.get(f"{part}_labels", -1 + 0 * index)
@@ -254,63 +240,55 @@ def read_embeddings(path):
 
 
 def read_inputs(names):
-    """Every input (none given: every run under runs/), and its column in the tables. UserError."""
-    from common import check
-
+    """Every input; none given: every run under runs/. UserError."""
     paths = map(Path, names or sorted(Path("runs").glob("*/embeddings.npz")))
     paths = [path / "embeddings.npz" if path.is_dir() else path for path in paths]
+    check(paths, "no run under runs/ to evaluate; train one (python simclr.py) or name an .npz")
     for path in paths:
         check(path.exists(), f"{str(path)!r} does not exist; a run writes it at its end")
-    inputs = [read_embeddings(path) for path in paths]
-    check(inputs, "no run under runs/ to evaluate; train one (python simclr.py) or name an .npz")
+    return [read_embeddings(path) for path in paths]
+
+
+def name_columns(inputs):
+    """Set each input's column in the tables: the method, and flags in which its runs differ."""
     sets = {str(entry.meta.get("dataset")) for entry in inputs}
     for entry in inputs:
         entry.column = entry.meta.get("method", entry.name)
-        other = "method", "dataset", "seed", "cache_dir", "images"
-        entry.keys = [key for key in entry.meta if key not in other]
         if entry.meta.get("epochs") == 0:
             init = entry.meta.get("init")
             entry.column = f"init {init}" if init else "untrained"
-            entry.keys = ["encoder", "width", "image_size"]
         if len(sets) > 1 and "dataset" in entry.meta:
             entry.column += f" {entry.meta['dataset']}"
+    other = "method", "dataset", "seed", "cache_dir", "images"
     for column in {entry.column for entry in inputs}:
-        # Runs of one method are named by the flags in which they differ.
         same = [entry for entry in inputs if entry.column == column]
         for entry in same:
-            shown = [k for k in entry.keys if len({str(other.meta.get(k)) for other in same}) > 1]
-            flags = "".join(f" {key.replace('_', '-')} {entry.meta.get(key)}" for key in shown)
-            entry.column += flags if len(shown) < 4 else f" {entry.name}"
+            flags = [
+                f" {key.replace('_', '-')} {value}"
+                for key, value in entry.meta.items()
+                if key not in other and any(run.meta.get(key) != value for run in same)
+            ]
+            entry.column += "".join(flags) if len(flags) < 4 else f" {entry.name}"
             entry.run = entry.column, entry.meta.get("seed")
     for entry in inputs:
         if [other.run for other in inputs].count(entry.run) > 1:
             entry.column += f" {entry.name}"
-    return inputs
 
 
 def pictures(entry):
-    """A function that gives images of a Part, uint8 tensor [N, S, S, C]; None without images."""
-    import torch
-
-    from common import UserError, check, load_images, square
-
+    """A function that gives images of a Part, uint8 tensor [N, S, S, C]. UserError."""
     keys = "dataset data_dir cache_dir image_size labels window fit".split()
     source = {key: entry.meta[key] for key in keys if key in entry.meta}
-    if "dataset" not in source:
-        return None
-    try:
-        # Missing data would be downloaded.
-        folder = source.get("data_dir", "data")
-        here = source["dataset"] == "digits" or Path(folder).exists()
-        check(here, f"--data-dir {folder!r} does not exist")
-        images = load_images(**source)
-        for part in (entry.train, entry.test):
-            rows = np.arange(len(getattr(images, part.name)))
-            same = np.array_equal(images.extra.get(f"{part.name}_files", rows), part.files)
-            check(same, f"the images of {entry.name} have changed")
-    except UserError as error:
-        print(f"no pictures: {error}")
-        return None
+    check("dataset" in source, f"{entry.name} names no data set")
+    # Missing data would be downloaded.
+    folder = source.get("data_dir", "data")
+    here = source["dataset"] == "digits" or Path(folder).exists()
+    check(here, f"--data-dir {folder!r} does not exist")
+    images = load_images(**source)
+    for part in (entry.train, entry.test):
+        rows = np.arange(len(getattr(images, part.name)))
+        same = np.array_equal(images.extra.get(f"{part.name}_files", rows), part.files)
+        check(same, f"the images of {entry.name} have changed")
 
     def get(part, most=224):
         pixels, size = getattr(images, part.name), min(images.size, most)
@@ -322,30 +300,26 @@ def pictures(entry):
 
 
 def visible(images):
-    """The first three channels of images [N, H, W, C], or three times the first of two."""
-    return images[..., :3] if images.shape[3] > 2 else images[..., [0, 0, 0]]
+    """Three channels of images [N, H, W, C]: the first three, or of two, the first again."""
+    return images[..., np.arange(3) % images.shape[3]]
 
 
 def pixels_of(runs):
     """The raw pixels of each data set that the runs' meta names, as inputs. UserError."""
-    from common import check
-
     # A run of each data set.
-    sources, inputs = {}, []
+    keys, sources, inputs = ("dataset", "data_dir", "labels"), {}, []
     for run in runs:
-        dataset, place, labels = map(run.meta.get, ("dataset", "data_dir", "labels"))
-        sources[(place, labels) if dataset in ("folder", "npz") else (dataset, None)] = run
-    sources.pop((None, None), None)
+        if "dataset" in run.meta:
+            sources[tuple(map(run.meta.get, keys))] = run
     check(sources, "--pixels needs a run: no input's meta names a data set")
-    for names, run in sources.items():
-        get, name = pictures(run), " ".join(filter(None, names))
-        check(get, f"--pixels: the images of {run.name} cannot be loaded")
-        entry = copy.deepcopy(run)
-        entry.name = entry.column = f"pixels of {name}" if len(sources) > 1 else "pixels"
-        entry.meta = {key: run.meta.get(key) for key in ("dataset", "data_dir", "image_size")}
-        for part in (entry.train, entry.test):
-            # Of photographs, a thumbnail.
-            part.features = get(part, 32).flatten(1).float().numpy()
+    for values, run in sources.items():
+        entry, get = copy.copy(run), pictures(run)
+        entry.name, entry.meta = "pixels", dict(zip(keys, values), method="pixels")
+        # Of photographs, a thumbnail.
+        entry.train, entry.test = (
+            replace(part, features=get(part, 32).flatten(1).float().numpy())
+            for part in (run.train, run.test)
+        )
         inputs.append(entry)
     return inputs
 
@@ -380,37 +354,33 @@ def leave_one_out(args, train, most=np.inf):
 
 def evaluate(entry, args):
     """The result of an input, for knn.json. Sets what the pictures need on the input."""
+    train, test = entry.train, entry.test
     result = dict(name=entry.name, column=entry.column, meta=entry.meta)
-    result["effective_rank"] = effective_rank(entry.train.features)
+    result["effective_rank"] = effective_rank(train.features)
     if args.whiten:
-        train, test = entry.train, entry.test
         train.features, test.features = whiten(train.features, test.features)
-    train, test = (part[part.labels != -1] for part in (entry.train, entry.test))
-    result |= dict(n_train=len(train), n_test=len(test), dim=train.features.shape[1])
-    result["tables"] = {name: {} for name in TABLES}
-    if not len(train):
-        train, test = entry.train, entry.test
-    elif not len(test):
+    voters, queries = (part[part.labels != -1] for part in (train, test))
+    result |= dict(n_train=len(voters), n_test=len(queries), dim=train.features.shape[1])
+    result["tables"] = tables = {name: {} for name in TABLES}
+    if not len(voters):
+        voters, queries = train, test
+    elif not len(queries):
         result["column"] += " (leave-one-out)"
-    if result["n_train"] > 1 and not np.ptp(train.groups):
-        print(f"{entry.name}: all labeled images are of one group; leave-one-out ignores it")
-        train.groups = np.arange(len(train))
+    if len(voters) > 1 and not np.ptp(voters.groups):
+        # Labels of a single group have no neighbors of another.
+        voters.groups = np.arange(len(voters))
     # The images that vote and those that are predicted; without test images, the same.
-    entry.voters, entry.queries = train, test if len(test) else train
+    entry.voters, entry.queries = voters, queries if len(queries) else voters
     # Without labels nothing is predicted, and nothing is wrong.
-    entry.predicted, entry.tables = entry.queries.labels, {}
+    entry.predicted, entry.files = entry.queries.labels, {}
     if result["n_train"]:
-        result |= sweep(entry, args, result["tables"]["knn"])
-        labels_needed(entry, args, result["tables"])
+        result |= sweep(entry, args, tables["knn"])
+        labels_needed(entry, args, tables)
     return result
 
 
 def sweep(entry, args, table):
     """Fill {k: accuracy}; return the result at the k chosen by leave-one-out. UserError."""
-    from sklearn.metrics import recall_score
-
-    from common import check
-
     train, truth, name = entry.voters, entry.queries.labels, entry.class_name
     predictions, shares, loo = leave_one_out(args, train)
     message = f"{entry.name}: --ks needs a number from 1 to the number of training images"
@@ -421,7 +391,7 @@ def sweep(entry, args, table):
     for i, says, share in most_certain(predictions, shares, k):
         if says != train.labels[i]:
             rows.append([train.files[i], name(train.labels[i]), name(says), share])
-    entry.tables["suspects.csv"] = rows
+    entry.files["suspects.csv"] = rows
     rows = [["part", "file", "neighbors_say", "share"]]
     for part in (entry.train, entry.test):
         rest = part[part.labels == -1]
@@ -429,7 +399,7 @@ def sweep(entry, args, table):
             for i, says, share in most_certain(*vote(args, train, rest, loo), k):
                 rows.append([part.name, rest.files[i], name(says), share])
     if rows[1:]:
-        entry.tables["predictions.csv"] = rows
+        entry.files["predictions.csv"] = rows
     if entry.queries is not train:
         predictions, _ = vote(args, train, entry.queries, loo)
     table |= {k: (predictions[k] == truth).mean() for k in loo}
@@ -542,81 +512,69 @@ def closeness(distance, args):
 
 def draw_neighbors(entry, get, args):
     """Eight queries, up to four of them wrong, each with its six nearest training images."""
-    from matplotlib.figure import Figure
-
-    train, queries, rng = entry.voters, entry.queries, np.random.default_rng(0)
+    train, queries = entry.voters, entry.queries
     wrong = entry.predicted != queries.labels
-
-    def pick(rows, n):
-        rows = rng.permutation(rows)
-        # One of each class first.
-        first = rng.permutation(np.unique(queries.labels[rows], return_index=True)[1])
-        return [*rows[first], *np.delete(rows, first)][:n]
-
-    rows = pick(np.flatnonzero(wrong), 4)
-    rows = pick(np.flatnonzero(~wrong), 8 - len(rows)) + rows
-    chosen, wrong = queries[rows], wrong[rows]
-    distances, neighbors = nearest_images(train, chosen, 6, args)
+    # In random order, those predicted wrongly last.
+    rows = np.random.default_rng(0).permutation(len(queries))
+    rows = rows[wrong[rows].argsort(kind="stable")]
+    rows = [*rows[:4], *rows[4:][-4:]]
+    distances, neighbors = nearest_images(train, queries[rows], 6, args)
     figure = Figure(figsize=(9, 12), layout="constrained")
     figure.suptitle(
         "Left: a query, red if it is predicted wrongly (up to four). Right: the nearest training "
         f"images\nwith their {CLOSENESS[args.metric]}, red if they are of another class.",
         size=9,
     )
-    axes = figure.subplots(len(chosen), 7, squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
-    for i, near in enumerate(neighbors):
-        near = train[near]
-        labels = [chosen.labels[i], *near.labels]
-        good = [not wrong[i], *(near.labels == labels[0])]
-        numbers = ["", *(f" {closeness(distance, args):.2f}" for distance in distances[i])]
-        images = visible(np.concatenate([get(chosen[[i]]), get(near)]))
-        for ax, image, label, number, right in zip(axes[i], images, labels, numbers, good):
-            ax.imshow(image)
-            ax.set_title(entry.class_name(label) + number, fontsize=8)
-            unknown = "suspects.csv" not in entry.tables
-            ax.spines[:].set_color("0.7" if unknown else "tab:green" if right else "tab:red")
-            ax.spines[:].set_linewidth(3)
+    axes = figure.subplots(len(rows), 7, squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
+
+    def show(ax, part, row, red, number=""):
+        ax.imshow(visible(get(part[[row]]))[0])
+        ax.set_title(entry.class_name(part.labels[row]) + number, fontsize=8)
+        ax.spines[:].set(color="tab:red" if red else "0.7", linewidth=3)
+
+    for i, row in enumerate(rows):
+        show(axes[i, 0], queries, row, wrong[row])
+        for ax, distance, near in zip(axes[i, 1:], distances[i], neighbors[i]):
+            red = train.labels[near] != queries.labels[row]
+            show(ax, train, near, red, f" {closeness(distance, args):.2f}")
     return figure
 
 
 def draw_embedding(entry, get, args):
     """The features in two dimensions, colored by class, and some of the images."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     part = entry.test if len(entry.test) else entry.train
     # At most 5,000 points, in random order, so that no class covers another.
     part = part[np.random.default_rng(0).permutation(len(part))[:5000]]
-    if min(part.features.shape) < 5:
+    features = part.features
+    # Too few, or of a collapsed encoder.
+    if min(features.shape) < 5 or not np.ptp(features, axis=0).any():
         return None
-    with warnings.catch_warnings():
-        # A collapsed encoder has no variance to explain.
-        warnings.simplefilter("ignore")
-        points = PCA(2, random_state=0).fit_transform(part.features)
-        if args.embedding_2d == "tsne" and points.std() > 0:
-            tsne = TSNE(perplexity=min(30, len(points) / 4), metric=args.metric, random_state=0)
-            points = tsne.fit_transform(part.features)
+    project = PCA(2, random_state=0)
+    if args.embedding_2d == "tsne":
+        perplexity = min(30, len(features) / 4)
+        project = TSNE(perplexity=perplexity, metric=args.metric, random_state=0)
+    points = project.fit_transform(features)
+    classes, first, ids = np.unique(part.labels, return_index=True, return_inverse=True)
+    palette = colormaps["tab10" if len(classes) <= 10 else "tab20"]
+    colors = palette(ids % palette.N)
+    colors[part.labels == -1] = 0.7
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots()
-    classes, ids = np.unique(part.labels, return_inverse=True)
-    colors = [*colormaps["tab10" if len(classes) <= 10 else "tab20"].colors] * len(classes)
-    for i, label in enumerate(classes):
-        colors[i] = (0.7, 0.7, 0.7) if label == -1 else colors[i]
-        # For the legend.
-        axes.scatter([], [], s=8, color=colors[i], label=entry.class_name(label) or "unlabeled")
-    axes.scatter(*points.T, s=8, color=[colors[i] for i in ids])
+    axes.scatter(*points.T, s=8, c=colors)
     if get:
         # One image in each cell of a grid of 20 x 20.
         cells = np.digitize(points, np.linspace(points.min(), points.max(), 21))
         for i in np.unique(cells, axis=0, return_index=True)[1]:
+            frame = dict(edgecolor=colors[i], boxstyle="square,pad=0.1")
             (image,) = visible(get(part[[i]]).numpy())
-            frame = dict(edgecolor=colors[ids[i]], boxstyle="square,pad=0.1")
             box = OffsetImage(image, zoom=24 / len(image))
             axes.add_artist(AnnotationBbox(box, points[i], bboxprops=frame))
-    if 1 < len(classes) <= 20:
+    if len(classes) <= 20:
+        for label, color in zip(classes, colors[first]):
+            axes.scatter([], [], s=8, color=color, label=entry.class_name(label) or "unlabeled")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set(title=f"{entry.name}: {part.name} features, {args.embedding_2d}", xticks=[], yticks=[])
     return figure
@@ -624,45 +582,36 @@ def draw_embedding(entry, get, args):
 
 def draw_curves(rows, xlabel):
     """Accuracy over the integer labels of a table: a curve with a band for each column."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes, ticks = figure.subplots(), set()
-    for i, column in enumerate(dict.fromkeys(column for column, *_ in rows)):
-        style = (
-            "--" if column.startswith("pixels") else ":" if column.startswith("untrained") else "-"
-        )
+    axes, rows = figure.subplots(), [row for row in rows if row[1] not in WORDS]
+    for i, column in enumerate(dict.fromkeys(row[0] for row in rows)):
+        style = dict(pixels="--", untrained=":").get(column.split()[0], "-")
         color = f"C{i}" if style == "-" else "0.4"
-        points = [row[1:] for row in rows if row[0] == column and row[1] not in WORDS]
-        x, mean, std = np.reshape(points, (-1, 3)).T * [[1], [100], [100]]
-        axes.plot(x, mean, style, marker=".", color=color, label=column)
-        top = (mean + std).clip(max=100)
-        axes.fill_between(x, mean - std, top, color=color, alpha=0.15, linewidth=0)
-        ticks |= {*map(int, x)}
+        x, mean, std = np.transpose([row[1:] for row in rows if row[0] == column])
+        low, high = 100 * (mean - std), 100 * (mean + std)
+        axes.plot(x, 100 * mean, style, marker=".", color=color, label=column)
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xscale="log", xlabel=xlabel, ylabel="accuracy in %, band: standard deviation")
-    axes.set_xticks([*ticks], [*ticks])
+    ticks = [*{row[1] for row in rows}]
+    axes.set_xticks(ticks, ticks)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     figure.legend(fontsize="small", loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-
-
-def details(entry, args, folder):
-    """Write the files of one input: pairs, suspects, predictions, neighbors, the 2-D plot."""
-    folder.mkdir(exist_ok=True)
-    for name, rows in dict(entry.tables, **{"pairs.csv": closest_pairs(entry, args)}).items():
-        write_csv(folder / name, rows)
-    get = pictures(entry)
-    if get:
-        draw_neighbors(entry, get, args).savefig(folder / "neighbors.png", dpi=120)
-    figure = draw_embedding(entry, get, args)
-    if figure:
-        figure.savefig(folder / "embedding_2d.png", dpi=120)
+def details(entry, args):
+    """Names and contents of the files of one input."""
+    files = {**entry.files, "pairs.csv": closest_pairs(entry, args)}
+    try:
+        get = pictures(entry)
+    except UserError as error:
+        print(f"no pictures: {error}")
+        get = None
+    else:
+        files["neighbors.png"] = draw_neighbors(entry, get, args)
+    files["embedding_2d.png"] = draw_embedding(entry, get, args)
+    return files.items()
 
 
 # ---------------------------------------------------------------- tables
@@ -687,35 +636,36 @@ def summarize(results, name):
 
 def print_table(title, rows, style):
     """Accuracies in % as Markdown or LaTeX."""
-    columns, cells = dict.fromkeys((column for column, *_ in rows), ""), {}
-    for column, label, mean, std in rows:
-        shown = f"{100 * mean:.2f} ± {100 * std:.2f}".removesuffix(" ± nan")
-        cells.setdefault(label, dict(columns))[column] = shown
+    shown = {
+        (column, label): f"{100 * mean:.2f} ± {100 * std:.2f}".removesuffix(" ± nan")
+        for column, label, mean, std in rows
+    }
+    columns, labels = map(dict.fromkeys, zip(*shown))
     table = [[title, *columns]]
-    for label in sorted(cells, key=lambda label: (label in WORDS, label)):
-        table.append([str(label), *cells[label].values()])
+    for label in sorted(labels, key=lambda label: (label in WORDS, label)):
+        table.append([str(label), *(shown.get((column, label), "") for column in columns)])
     widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
     table = [[*map(str.rjust, row, widths)] for row in table]
-    lines = [f"| {' | '.join(row)} |" for row in table]
     if style == "latex":
-        del table[1]
         text = "\n".join(" & ".join(row) + r" \\" for row in table)
         text = re.sub(r"([_%#$])", r"\\\1", text).replace("±", r"$\pm$")
-        lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", text, r"\end{tabular}"]
-    print("", *lines, "", sep="\n")
+        text = f"\\begin{{tabular}}{{l{'r' * len(columns)}}}\n{text}\n\\end{{tabular}}"
+    else:
+        table.insert(1, ["-" * width for width in widths])
+        text = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    print(f"\n{text}\n")
 
 
-def report(results, args, folder):
-    """Print tables and results; write the files that the inputs share."""
-    content = dict(args=asdict(args), command=shlex.join(sys.argv), results=results)
-    (folder / "knn.json").write_text(json.dumps(content, indent=2))
+def report(results, args):
+    """Print tables and results; return the files that the inputs share."""
+    content = dict(args=asdict(args), results=results)
+    files = {"knn.json": json.dumps(content, indent=2)}
     for name, title in TABLES.items():
         rows = summarize(results, name)
         if rows:
             print_table(title, rows, args.table)
-            write_csv(folder / f"{name}.csv", [["column", title, "mean", "std"], *rows])
-            draw_curves(rows, title).savefig(folder / f"{name}.png", dpi=120)
+            files[f"{name}.csv"] = [["column", title, "mean", "std"], *rows]
+            files[f"{name}.png"] = draw_curves(rows, title)
     lines = []
     for result in results:
         text = f"{result['name']}: effective rank {result['effective_rank']:.1f}"
@@ -727,62 +677,58 @@ def report(results, args, folder):
         line = {key: value for key, value in result.items() if not isinstance(value, dict)}
         lines.append(line | result["meta"])
     fields = [*dict.fromkeys(key for line in lines for key in line)]
-    write_csv(folder / "results.csv", [fields, *(map(line.get, fields) for line in lines)])
+    files["results.csv"] = [fields, *(map(line.get, fields) for line in lines)]
+    return files
+
+
+def write(folder, files):
+    """Replace the files of an earlier evaluation by texts, rows of tables and figures."""
+    for place in {(folder / name).parent for name in files}:
+        place.mkdir(parents=True, exist_ok=True)
+        for name in KNOWN:
+            (place / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        if isinstance(content, str):
+            path.write_text(content)
+        elif isinstance(content, list):
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(content)
+        else:
+            content.savefig(path, dpi=120)
 
 
 def main(args):
     """Evaluate every input, then write the files. Returns the results."""
-    from matplotlib import rc_context
-
-    from common import Tracker, atomic_write, check, pick_device, user_errors
-
     check(args.temperature > 0, f"--temperature {args.temperature} must be above 0")
-    device = pick_device(args.device)
-    args = replace(args, device=str(device) if device.type == "cuda" else None)
-
+    cuda = pick_device(args.device).type == "cuda"
+    args = replace(args, device="cuda" if cuda else None)
     runs = read_inputs(args.inputs)
     folder = Path(args.output or f"{runs[0].name if len(runs) == 1 else 'runs'}/knn")
     failed = f"cannot write to --output {str(folder)!r}"
-    with user_errors(failed, OSError):
-        # A labels.csv may be the user's own.
-        ours = not folder.exists() or (folder / "knn.json").exists() or not any(folder.iterdir())
-        check(ours, f"{failed}: it holds other files; name another folder")
+    # A labels.csv may be the user's own.
+    ours = (folder / "knn.json").exists() or not any(folder.glob("*"))
+    check(ours, f"{failed}: it holds other files; name another folder")
     inputs = runs + (pixels_of(runs) if args.pixels else [])
+    name_columns(inputs)
     results = [evaluate(entry, args) for entry in inputs]
-    # In a folder of their own first: a failure leaves earlier files as they are.
-    with tempfile.TemporaryDirectory() as place:
-        new = Path(place)
-        # A $ in a name starts no formula.
-        with rc_context({"text.parse_math": False}):
-            report(results, args, new)
-            for entry in runs:
-                # A folder for each of several runs.
-                part = re.sub(r"[^\w-]+", "_", entry.name) if len(runs) > 1 else ""
-                details(entry, args, new / part)
-        names = sorted(path.name for path in new.iterdir() if path.is_file())
-        # First the file by which the folder is known as ours.
-        files = sorted(filter(Path.is_file, new.rglob("*")), key=lambda p: p.name != "knn.json")
-        with user_errors(failed, OSError):
-            for path in files:
-                target = folder / path.relative_to(new)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(target) as file:
-                    file.write(path.read_bytes())
-            for place in {path.parent for path in files}:
-                for name in KNOWN:
-                    if not (place / name).exists():
-                        (folder / place.relative_to(new) / name).unlink(missing_ok=True)
-    print(f"\nwrote {', '.join(names)} to {folder}")
+    files = report(results, args)
+    for entry in runs:
+        # A folder for each of several runs.
+        place = re.sub(r"[^\w-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
+        files |= {place + name: content for name, content in details(entry, args) if content}
+    # A failure until here leaves earlier files as they are.
+    with user_errors(failed, OSError):
+        write(folder, files)
+    print(f"\nwrote {', '.join(name for name in files if '/' not in name)} to {folder}")
     name = f"knn-{runs[0].column}"
     tracker = Tracker(args, folder, name=name, group="knn", config=asdict(args))
     for column, k, accuracy, _ in summarize(results, "knn"):
         tracker.log({"k": k, f"knn/{column}": accuracy})
-    tracker.log({name[:-4]: folder / name for name in names if name.endswith(".png")})
+    tracker.log({name[:-4]: folder / name for name in files if name.endswith(".png")})
     tracker.finish()
     return results
 
 
 if __name__ == "__main__":
-    from common import cli
-
     cli(Args, main)
