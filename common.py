@@ -5,6 +5,7 @@ affect the gradient: `build_encoder`, `gather` and `distribute` (several process
 (the images of a batch), `seed_draws` (random numbers).
 """
 
+import copy
 import csv
 import glob
 import hashlib
@@ -28,7 +29,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from itertools import chain, islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -357,11 +357,10 @@ def size_and_window(sizes, values, window, fit):
     if fit == "crop" and (short / long).mean() < 0.5:
         note("note: center squares keep less than half of the pixels; see --fit pad and stretch")
     deep = len(values) > len(sizes) / 2
-    fits = not window or (deep and -math.inf < window[0] < window[1] < math.inf)
+    fits = not window or (deep and window[0] < window[1] < math.inf)
     check(fits, f"--window {window} must be LOW HIGH, and is for images with more than 8 bits")
     if deep and not window:
-        low, high = np.percentile(np.concatenate(values), (0.1, 99.9)).tolist()
-        window = low, max(high, low + 1e-6)
+        window = tuple(np.percentile(np.concatenate(values), (0.1, 99.9)).tolist())
     return int(np.median(long if fit == "pad" else short)), window
 
 
@@ -404,28 +403,29 @@ def _torchvision(dataset, root):
 
 def _npz(dataset, path):
     """MedMNIST's form, also of more channels and bits; all but train_images are optional."""
+    from sklearn.utils import check_consistent_length
+
     images, labels, extra = [], [], {}
     # Without pickles, reading runs no code.
     failed = f"cannot use {str(path)!r} as an .npz file"
     with user_errors(failed), np.load(path, allow_pickle=False) as arrays:
-        first = np.atleast_1d(arrays["train_images"])
-        for part, x in dict(train=first, test=arrays.get("test_images", first[:0])).items():
-            form = f"{part}_images must be numbers [N, H, W] or [N, H, W, C], H and W from 4"
+        first = arrays["train_images"]
+        for part in ("train", "test"):
+            x = arrays.get(f"{part}_images", first[:0])
             fits = x.ndim in (3, 4) and min(x.shape[1:3]) >= 4 and x.shape[3:] <= (32,)
             fits = fits and len(first) and x.dtype.kind in "uif" and x.dtype == first.dtype
             fits = fits and x.shape[3:] == first.shape[3:]
+            form = f"{part}_images must be numbers [N, H, W] or [N, H, W, C], H and W from 4"
             found = f"as in train_images, not {x.dtype} {list(x.shape)}"
             check(fits, f"{str(path)!r}: {form}, N from 1, C to 32, {found}")
             y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
             groups = arrays.get(f"{part}_groups", y).flatten()
-            form = f"{part}_labels must be {len(x)} integers, -1 for unlabeled, and as many groups"
-            fits = y.dtype.kind in "iu" and len(y) == len(groups) == len(x)
-            found = f"{y.dtype} {len(y)} and {len(groups)}"
-            check(fits and y.min(initial=0) >= -1, f"{str(path)!r}: {form}, not {found}")
+            check_consistent_length(x, y, groups)
+            images.append(x)
+            # Negative labels are unlabeled.
+            labels.append(y.astype(np.int64, casting="same_kind").clip(-1))
             if f"{part}_groups" in arrays:
                 extra[f"{part}_groups"] = groups
-            images.append(x)
-            labels.append(y.astype(np.int64))
     return images, labels, [], extra
 
 
@@ -464,46 +464,44 @@ def _list_folder(root, table):
     wanted split (train or test) and group; its labels replace those of the layout.
     """
     names, others = _image_files(root)
-    rows, layout = _read_table(table, names) if table else {}, (root / "train").is_dir()
-    part_of = dict(train=0, test=1) if (root / "test").is_dir() else dict(train=0, test=1, val=1)
-    files, labels, groups = ([[], []] for _ in range(3))
+    listed, layout = _read_table(table, names) if table else {}, (root / "train").is_dir()
+    tests, rows = ("test", "test" if (root / "test").is_dir() else "val"), []
     for name in names:
-        row, parts = rows.get(name, {}), Path(name).parts
+        parts = Path(name).parts
+        place = parts[0] if layout else "train"
         # A listed image may be anywhere.
-        place = parts[0] if layout and (not row or parts[0] in part_of) else "train"
-        i = part_of.get(row.get("split") or place)
-        if i is None:
+        if name not in listed and place not in ("train", *tests):
             others["images outside of train and test; to use them, move them into train"] += 1
             continue
-        folder = parts[1] if layout and len(parts) > 2 else None
-        files[i].append(name)
-        labels[i].append(row.get("label") or None if table else folder)
-        groups[i].append(row.get("group") or name)
-    ignored = ", ".join(f"{n} {key}" for key, n in others.most_common(10))
+        folder = parts[1] if layout and not table and len(parts) > 2 else ""
+        row = dict(split=place, label=folder, group=name) | listed.get(name, {})
+        rows.append((name, row["split"] in tests, row["label"], row["group"]))
+    ignored = ", ".join(f"{n} {key}" for key, n in others.most_common(10)) or "no files"
     none = f"--data-dir {str(root)!r}: no images found, in train/ if there is one"
     kinds = " ".join(IMAGE_ENDINGS)
-    check(files[0], f"{none}; images end in {kinds}; ignored: {ignored or 'no files'}")
-    class_names = sorted({*labels[0]} - {None})
+    check(not all(row[1] for row in rows), f"{none}; images end in {kinds}; ignored: {ignored}")
+
+    files, test, labels, groups = map(np.array, zip(*rows))
+    class_names = sorted({*labels[~test].tolist()} - {""})
     # A single class says nothing, as in train/images/*.
     class_names = class_names if len(class_names) > 1 else []
-    unknown = {*labels[1]} - {None, *class_names}
+    unknown = {*labels[test].tolist()} - {"", *class_names}
     message = f"no training images of the test classes {[*unknown][:5]}"
     check(not unknown or not class_names, message)
     ids = {name: i for i, name in enumerate(class_names)}
-    labels = [[ids.get(name, -1) for name in part] for part in labels]
-    unlabeled = labels[0].count(-1)
-    if unlabeled:
-        shown = ", ".join(class_names[:10]) + ", ..." * (len(class_names) > 10)
-        hint = f"the others are of {len(class_names)} classes: {shown}"
-        hint = hint if class_names else "label two classes by folders train/<class>/ or --labels"
-        note(f"note: {unlabeled} of {len(files[0])} training images are unlabeled; {hint}")
-    if others:
-        note(f"note: ignored in {str(root)!r}: {ignored}")
-    extra = dict(zip(("train_files", "test_files"), (np.array(part, np.str_) for part in files)))
-    # By default an image is a group of its own.
-    if groups != files:
-        extra["train_groups"], extra["test_groups"] = (np.array(part, np.str_) for part in groups)
-    return files, labels, class_names, extra
+    labels = np.array([ids.get(name, -1) for name in labels])
+    parts, extra = dict(train=~test, test=test), {}
+    for part, chosen in parts.items():
+        extra[f"{part}_files"] = files[chosen]
+        # By default an image is a group of its own.
+        if (groups != files).any():
+            extra[f"{part}_groups"] = groups[chosen]
+    n, unlabeled = test.sum(), (labels[~test] == -1).sum()
+    note(f"{root}: {len(rows)} images, {n} for testing; {unlabeled} of the others unlabeled")
+    shown = ", ".join(class_names[:10])
+    note(f"{root}: {len(class_names)} classes: {shown}; ignored: {ignored}")
+    labels = [labels[chosen] for chosen in parts.values()]
+    return [extra["train_files"], extra["test_files"]], labels, class_names, extra
 
 
 def _read_table(path, names):
@@ -526,33 +524,22 @@ def _read_table(path, names):
         # Values beyond the last column.
         if any(row.pop(None, ())):
             mistakes.append(f"line {number}: more values than columns")
-        row = {key: value.strip() for key, value in row.items()}
-        if not any(row.values()):
+        row = {key: value.strip() for key, value in row.items() if value.strip()}
+        if not row:
             continue
-        name = names.get(unicodedata.normalize("NFC", os.path.normpath(row["file"])))
-        split = row.get("split") or "train"
+        file, split = row.get("file", ""), row.get("split", "train")
+        name = names.get(unicodedata.normalize("NFC", os.path.normpath(file)))
         if not name:
-            mistakes.append(f"line {number}: {row['file']!r} is not an image below --data-dir")
+            mistakes.append(f"line {number}: {file!r} is not an image below --data-dir")
         elif name in rows:
             mistakes.append(f"line {number}: {name!r} is listed twice")
         elif split not in ("train", "test"):
             mistakes.append(f"line {number}: split is {split!r}, not train or test")
         rows[name] = row
     check(not mistakes, "\n".join(f"--labels {path!r}, {line}" for line in mistakes[:20]))
-    labeled = any(row["label"] for row in rows.values())
-    check(labeled, f"--labels {path!r}: the column label is empty")
     return rows
 
 
-@contextmanager
-def no_warnings():
-    """Hide Pillow's, which name no file, and PyTorch's on read-only memory."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@no_warnings()
 def _sample_files(root, names):
     """Sorted sides of up to 100 files; pixels of those with more than 8 bits."""
     sizes, values = [], []
@@ -565,13 +552,12 @@ def _sample_files(root, names):
     return sizes or [(224, 224)], values
 
 
-@no_warnings()
 def _decode_folder(root, files, cache_dir, side, window, fit):
     """Decode [train, test] files once into a file under cache_dir; map it as uint8 [N, 3, S, S].
 
     UserError names every broken file.
     """
-    names, broken = sum(files, []), []
+    names, broken = np.concatenate(files).tolist(), []
 
     def decode(name):
         try:
@@ -595,7 +581,11 @@ def _decode_folder(root, files, cache_dir, side, window, fit):
                     for image in tqdm(images, "decoding", len(names), leave=False, disable=SILENT):
                         file.write(image or b"")
                     check(not broken, "\n".join(sorted(broken)))
-        images = torch.from_numpy(np.memmap(path, np.uint8, "r", shape=(len(names), 3, side, side)))
+        images = np.memmap(path, np.uint8, "r", shape=(len(names), 3, side, side))
+    with warnings.catch_warnings():
+        # PyTorch's on read-only memory.
+        warnings.simplefilter("ignore")
+        images = torch.from_numpy(images)
     return images.split([len(part) for part in files])
 
 
@@ -606,21 +596,16 @@ def read_image(path, side, window=None, fit="crop"):
     UserError where Pillow would drop bits, channels or frames, or cannot read the file.
     """
     with user_errors(f"{str(path)!r} cannot be read"), Image.open(path) as image:
-        frames, bands = getattr(image, "n_frames", 1), len(image.getbands())
+        deep, bands = image.mode[0] in "IF", len(image.getbands())
         # MPO: a photograph with another of its views.
-        if frames > 1 and image.format != "MPO":
-            raise ValueError(f"{frames} frames; save each as a file")
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError("several frames; save each as a file")
         # Of TIFF: samples per pixel, and the bits of each.
         tags = getattr(image, "tag_v2", {})
         samples, bits = tags.get(277, bands), max(tags.get(258, (8,)))
-        deep, tile = image.mode[0] in "IF", str(image.tile)
-        # How Pillow decodes a PPM file ends in its largest value.
-        most = int(re.findall(r"\d+", tile)[-1]) if "'ppm" in tile else 0
-        wide = bits > 8 or most > 255 or ";16" in tile
-        if samples != bands or (wide and not deep):
-            raise ValueError("Pillow drops channels or bits")
-        if tags and image.mode == "RGBA":
-            raise ValueError("4 channels; if one is transparency, save as .png")
+        wide = not deep and (bits > 8 or ";16" in str(image.tile))
+        if samples != bands or wide or (tags and image.mode == "RGBA"):
+            raise ValueError("Pillow drops channels or bits; save transparency as .png")
         if deep != (window is not None):
             raise ValueError(f"{'more than ' * deep}8 bits, unlike the other images")
         # JPEG: decode at a lower resolution that still suffices for the resize.
@@ -729,9 +714,7 @@ def start_encoder(args, images):
     """
     encoder, dim = build_encoder(args.encoder, images.size, args.width, len(images.mean))
     if args.init:
-        mean, std, window = load_weights(encoder, args.init)
-        if window and images.window not in (None, window):
-            note(f"note: --init saw images with --window {window}; these have {images.window}")
+        mean, std = load_weights(encoder, args.init)
         if len(mean) == len(images.mean):
             images.mean, images.std = mean.to(images.mean), std.to(images.std)
     return encoder, dim
@@ -741,10 +724,8 @@ def load_weights(encoder, init):
     """Start from an encoder.pt, a state dict with torchvision's keys, or "imagenet". UserError.
 
     A first convolution of other input channels is averaged over them and rescaled.
-    Returns the mean and std [C, 1, 1] of the inputs, ImageNet's unless an encoder.pt names them,
-    and their window.
+    Returns the mean and std [C, 1, 1] of the inputs, ImageNet's unless an encoder.pt names them.
     """
-    window = None
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     name = encoder.architecture
     if init == "imagenet":
@@ -755,7 +736,7 @@ def load_weights(encoder, init):
             state = get_model(name, weights="DEFAULT").state_dict()
     else:
         state = load_torch(init)
-        mean, std, window = state.get("mean", mean), state.get("std", std), state.get("window")
+        mean, std = state.get("mean", mean), state.get("std", std)
         state = state.get("state_dict", state)
     own = encoder.state_dict()
     with user_errors(f"--init {init} holds no ResNet with torchvision's keys"):
@@ -768,7 +749,7 @@ def load_weights(encoder, init):
     left = encoder.load_state_dict(same, strict=False).missing_keys
     unused = [key for key in state if key not in same]
     note(f"--init {init}: loaded {len(same)} tensors; not loaded {left}, not used {unused[:9]}")
-    return mean, std, window
+    return mean, std
 
 
 def load_encoder(path, encoder=None):
@@ -789,17 +770,18 @@ def load_encoder(path, encoder=None):
     return encoder.eval(), info
 
 
-@no_warnings()
+@torch.no_grad()
 def encode_files(path, files, device="cpu", encoder=None):
     """Features [N, D] float32 of image files by `load_encoder`, decoded as in training."""
     encoder, info = load_encoder(path, encoder)
-    size, mean, std = info["image_size"], info["mean"].to(device), info["std"].to(device)
+    encoder.to(device)
     form, features = [info[key] for key in ("side", "window", "fit")], []
     for start in range(0, len(files), 256):
-        pixels = [read_image(file, *form) for file in files[start : start + 256]]
-        images = dict(pixels=torch.from_numpy(np.stack(pixels)), size=size, mean=mean, std=std)
-        features.append(embed(encoder.to(device), SimpleNamespace(**images), "pixels"))
-    return np.concatenate(features)
+        images = np.stack([read_image(file, *form) for file in files[start : start + 256]])
+        images = square(torch.from_numpy(images), info["image_size"])
+        images = normalize(images, info["mean"], info["std"])
+        features.append(encoder(images.to(device)).float().cpu())
+    return torch.cat(features).numpy()
 
 
 def normalize(images, mean, std):
@@ -809,20 +791,15 @@ def normalize(images, mean, std):
 
 
 @torch.no_grad()
-def embed(encoder, images, part, rows=slice(None)):
-    """Features [N, D] float32 of rows of images.train or images.test, in eval mode."""
-    pixels, size = getattr(images, part), images.size
-    rows = torch.arange(len(pixels), device=pixels.device)[rows]
-    # Some modules of your encoder may be frozen.
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    features = []
-    # 500 images of 224 pixels would take 5 GB.
-    for batch in take(pixels, rows.split(min(500, 2**21 // size**2 + 1)), images.mean.device):
-        batch = normalize(square(batch, size), images.mean, images.std)
+def embed(encoder, images, part):
+    """Features [N, D] float32 of images.train or images.test, by a copy in eval mode."""
+    pixels, features = getattr(images, part), []
+    # In the encoder itself, some modules may be frozen.
+    encoder = copy.deepcopy(encoder).eval()
+    rows = torch.arange(len(pixels), device=pixels.device)
+    for batch in take(pixels, rows.split(256), images.mean.device):
+        batch = normalize(square(batch, images.size), images.mean, images.std)
         features.append(encoder(batch).float().cpu())
-    for module, mode in modes:
-        module.training = mode
     features = torch.cat(features)
     check(features.isfinite().all(), "the features are not finite; a lower --lr may help")
     return features.numpy()
@@ -841,29 +818,21 @@ def knn_monitor(encoder, images, k):
     """
     from knn_eval import effective_rank, knn_sweep
 
-    labels, test_labels = images.train_labels.numpy(), images.test_labels.numpy()
-    rows, test_rows = ((part != -1).nonzero()[0] for part in (labels, test_labels))
-    # The rows that knn_eval.py's effective rank takes, labeled or not.
-    sample = slice(None, None, math.ceil(len(labels) / 2048))
-    record = dict(effective_rank=effective_rank(embed(encoder, images, "train", sample)))
-    if len(rows) < 2:
-        return record
-    train, known = embed(encoder, images, "train", rows), labels[rows]
-    test, truth, groups = None, known, None
-    # More neighbors than a class has images would outvote it.
-    most = np.bincount(known).max()
-    if len(test_rows):
-        test, truth = embed(encoder, images, "test", test_rows), test_labels[test_rows]
-    else:
+    train, test = (embed(encoder, images, part) for part in ("train", "test"))
+    labels, truth = images.train_labels.numpy(), images.test_labels.numpy()
+    record, known, asked = dict(effective_rank=effective_rank(train)), labels != -1, truth != -1
+    test, truth, groups, most = test[asked], truth[asked], None, known.sum()
+    if not asked.any():
         # Each training image is predicted from those of other groups.
-        groups = images.extra.get("train_groups", np.arange(len(labels)))[rows]
-        others = len(rows) - np.unique(groups, return_counts=True)[1].max()
-        most = min(max(1, most - 1), others)
+        groups = images.extra.get("train_groups", np.arange(len(labels)))[known]
+        test, truth = None, labels[known]
+        most -= np.unique(groups, return_counts=True)[1].max(initial=0)
     if most:
-        k = min(k, most)
+        # More neighbors than a class has images would outvote it.
+        k = min(k, most, np.bincount(labels[known]).max())
         device = images.mean.device if images.mean.is_cuda else None
-        predicted = knn_sweep(train, known, test, [k], device=device, groups=groups)[k]
-        record["knn_acc"] = float((predicted == truth).mean())
+        predicted = knn_sweep(train[known], labels[known], test, [k], device=device, groups=groups)
+        record["knn_acc"] = float((predicted[k] == truth).mean())
     return record
 
 
@@ -1114,9 +1083,8 @@ class Run:
         """
         self.totals += torch.stack([loss, spread(z)])
         epoch, i = divmod(step + 1, self.steps_per_epoch)
-        # Ranks agree on a signal only now and then; torchrun waits for them for 30 seconds.
-        every = 1 if self.device.type == "cpu" else 10 if WORLD_SIZE > 1 else 50
-        if i % every and not (self.stop_signal and WORLD_SIZE == 1):
+        # On a GPU the host waits here; torchrun waits 30 seconds after a signal.
+        if i % (1 if self.device.type == "cpu" else 10):
             return
         asked = torch.tensor(self.stop_signal, device=self.device)
         if WORLD_SIZE > 1:
@@ -1124,8 +1092,9 @@ class Run:
             dist.all_reduce(self.totals)
             self.totals /= WORLD_SIZE
         agreed_signal = int(asked)
-        finite = self.totals[0].isfinite()
-        check(finite, f"step {step}: the loss is not finite; a lower --lr may help")
+        norm = nn.utils.get_total_norm([self.totals, *self.state["network"].parameters()])
+        message = f"step {step}: loss or weights are not finite; a lower --lr may help"
+        check(norm.isfinite(), message)
         if i == 0:
             start, first = self.epoch_start
             seconds = time.perf_counter() - start
@@ -1179,8 +1148,6 @@ class Run:
         if RANK:
             return
         state = {name: module.state_dict() for name, module in self.state.items()}
-        finite = all(p.isfinite().all() for p in self.state["network"].parameters())
-        check(finite, f"step {step}: the weights are not finite; a lower --lr may help")
         state |= dict(step=step + 1, totals=self.totals, facts=self.facts, wandb_id=self.wandb_id)
         state["records"] = self.records
         save_torch(self.dir / "checkpoint.pt", state)
@@ -1239,11 +1206,11 @@ class Tracker:
     @contextmanager
     def _failures(self):
         try:
-            with user_errors("note: Weights & Biases failed; continuing without it"):
-                yield
-        except UserError as error:
+            yield
+        except Exception as error:
             self.run = None
-            print(error, file=sys.stderr)
+            text = f"note: Weights & Biases failed; continuing without it ({error!r})"
+            print(text, file=sys.stderr)
 
     def log(self, record):
         """Log a dict of numbers and paths of pictures.
