@@ -103,7 +103,7 @@ class Args:
 
 PHOTO = dict(augment="photo", encoder="resnet18", width=64,
              temperature=0.2, hidden_dim=512, projection_dim=128, projection_layers=2,
-             epochs=200, batch_size=512, lr=0.24, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
+             epochs=200, batch_size=512, lr=0.48, weight_decay=5e-4, warmup_epochs=10)  # fmt: skip
 SYMBOL = dict(PHOTO, augment="symbol", encoder="resnet10", width=32, temperature=0.5,
               epochs=75, batch_size=128, lr=0.1, weight_decay=1e-4, warmup_epochs=5)  # fmt: skip
 RECIPES = dict.fromkeys("fashion_mnist cifar10 cifar100 stl10 folder npz".split(), PHOTO)
