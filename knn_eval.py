@@ -313,7 +313,8 @@ def pixels_of(runs):
             sources[tuple(map(run.meta.get, keys))] = run
     check(sources, "--pixels needs a run: no input's meta names a data set")
     for values, run in sources.items():
-        entry, get = copy.copy(run), pictures(run)
+        run.get = get = pictures(run)
+        entry = copy.copy(run)
         entry.name, entry.meta = "pixels", dict(zip(keys, values), method="pixels")
         # Of photographs, a thumbnail.
         entry.train, entry.test = (
@@ -604,7 +605,8 @@ def details(entry, args):
     """Names and contents of the files of one input."""
     files = {**entry.files, "pairs.csv": closest_pairs(entry, args)}
     try:
-        get = pictures(entry)
+        # With --pixels they are loaded already.
+        get = getattr(entry, "get", None) or pictures(entry)
     except UserError as error:
         print(f"no pictures: {error}")
         get = None
