@@ -5,7 +5,6 @@ affect the gradient: `build_encoder`, `gather` and `distribute` (several process
 (the images of a batch), `seed_draws` (random numbers).
 """
 
-import copy
 import csv
 import glob
 import hashlib
@@ -357,10 +356,11 @@ def size_and_window(sizes, values, window, fit):
     if fit == "crop" and (short / long).mean() < 0.5:
         note("note: center squares keep less than half of the pixels; see --fit pad and stretch")
     deep = len(values) > len(sizes) / 2
-    fits = not window or (deep and window[0] < window[1] < math.inf)
+    fits = not window or (deep and -math.inf < window[0] < window[1] < math.inf)
     check(fits, f"--window {window} must be LOW HIGH, and is for images with more than 8 bits")
     if deep and not window:
-        window = tuple(np.percentile(np.concatenate(values), (0.1, 99.9)).tolist())
+        low, high = np.percentile(np.concatenate(values), (0.1, 99.9)).tolist()
+        window = low, max(high, low + 1e-6)
     return int(np.median(long if fit == "pad" else short)), window
 
 
@@ -420,10 +420,11 @@ def _npz(dataset, path):
             check(fits, f"{str(path)!r}: {form}, N from 1, C to 32, {found}")
             y = arrays.get(f"{part}_labels", np.full(len(x), -1)).flatten()
             groups = arrays.get(f"{part}_groups", y).flatten()
-            check_consistent_length(x, y, groups)
+            with user_errors(f"{str(path)!r}: {part}_images, labels and groups do not fit"):
+                check_consistent_length(x, y, groups)
+                # Negative labels are unlabeled.
+                labels.append(y.astype(np.int64, casting="same_kind").clip(-1))
             images.append(x)
-            # Negative labels are unlabeled.
-            labels.append(y.astype(np.int64, casting="same_kind").clip(-1))
             if f"{part}_groups" in arrays:
                 extra[f"{part}_groups"] = groups
     return images, labels, [], extra
@@ -603,7 +604,10 @@ def read_image(path, side, window=None, fit="crop"):
         # Of TIFF: samples per pixel, and the bits of each.
         tags = getattr(image, "tag_v2", {})
         samples, bits = tags.get(277, bands), max(tags.get(258, (8,)))
-        wide = not deep and (bits > 8 or ";16" in str(image.tile))
+        tile = str(image.tile)
+        # How Pillow decodes a PPM file ends in its largest value.
+        most = int(re.findall(r"\d+", tile)[-1]) if "'ppm" in tile else 0
+        wide = not deep and (bits > 8 or most > 255 or ";16" in tile)
         if samples != bands or wide or (tags and image.mode == "RGBA"):
             raise ValueError("Pillow drops channels or bits; save transparency as .png")
         if deep != (window is not None):
@@ -792,14 +796,18 @@ def normalize(images, mean, std):
 
 @torch.no_grad()
 def embed(encoder, images, part):
-    """Features [N, D] float32 of images.train or images.test, by a copy in eval mode."""
-    pixels, features = getattr(images, part), []
-    # In the encoder itself, some modules may be frozen.
-    encoder = copy.deepcopy(encoder).eval()
+    """Features [N, D] float32 of images.train or images.test, in eval mode."""
+    pixels, size, features = getattr(images, part), images.size, []
+    # Some modules of your encoder may be frozen.
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
     rows = torch.arange(len(pixels), device=pixels.device)
-    for batch in take(pixels, rows.split(256), images.mean.device):
-        batch = normalize(square(batch, images.size), images.mean, images.std)
+    # 500 images of 224 pixels would take 5 GB.
+    for batch in take(pixels, rows.split(min(500, 2**21 // size**2 + 1)), images.mean.device):
+        batch = normalize(square(batch, size), images.mean, images.std)
         features.append(encoder(batch).float().cpu())
+    for module, mode in modes:
+        module.training = mode
     features = torch.cat(features)
     check(features.isfinite().all(), "the features are not finite; a lower --lr may help")
     return features.numpy()
@@ -1092,9 +1100,8 @@ class Run:
             dist.all_reduce(self.totals)
             self.totals /= WORLD_SIZE
         agreed_signal = int(asked)
-        norm = nn.utils.get_total_norm([self.totals, *self.state["network"].parameters()])
-        message = f"step {step}: loss or weights are not finite; a lower --lr may help"
-        check(norm.isfinite(), message)
+        finite = self.totals[0].isfinite()
+        check(finite, f"step {step}: the loss is not finite; a lower --lr may help")
         if i == 0:
             start, first = self.epoch_start
             seconds = time.perf_counter() - start
@@ -1148,6 +1155,8 @@ class Run:
         if RANK:
             return
         state = {name: module.state_dict() for name, module in self.state.items()}
+        finite = all(p.isfinite().all() for p in self.state["network"].parameters())
+        check(finite, f"step {step}: the weights are not finite; a lower --lr may help")
         state |= dict(step=step + 1, totals=self.totals, facts=self.facts, wandb_id=self.wandb_id)
         state["records"] = self.records
         save_torch(self.dir / "checkpoint.pt", state)

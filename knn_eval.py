@@ -145,7 +145,7 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import tyro
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from scipy.stats import binomtest
@@ -220,10 +220,9 @@ def read_embeddings(path):
     entry = SimpleNamespace(name=name)
     failed = f"cannot evaluate {str(path)!r} as an .npz file"
     with user_errors(failed), np.load(path, allow_pickle=False) as arrays:
-        for part in ("train", "test"):
-            name = f"{part}_features"
-            x = arrays.get(name, arrays["train_features"][:0])
-            least = int(part == "train")
+        train = arrays["train_features"]
+        for part, x in dict(train=train, test=arrays.get("test_features", train[:0])).items():
+            name, least = f"{part}_features", int(part == "train")
             x = check_array(x, dtype=FLOATS, ensure_min_samples=least, input_name=name)
             index = np.arange(len(x))
             labels = arrays.get(f"{part}_labels", -1 + 0 * index)
@@ -368,7 +367,7 @@ def evaluate(entry, args):
     elif not len(queries):
         result["column"] += " (leave-one-out)"
     if len(voters) > 1 and not np.ptp(voters.groups):
-        # Labels of a single group have no neighbors of another.
+        print(f"{entry.name}: all labels are of one group; leave-one-out ignores it")
         voters.groups = np.arange(len(voters))
     # The images that vote and those that are predicted; without test images, the same.
     entry.voters, entry.queries = voters, queries if len(queries) else voters
@@ -512,7 +511,7 @@ def closeness(distance, args):
 
 
 def draw_neighbors(entry, get, args):
-    """Eight queries, up to four of them wrong, each with its six nearest training images."""
+    """Eight queries, four of them wrong if so many are, with their six nearest training images."""
     train, queries = entry.voters, entry.queries
     wrong = entry.predicted != queries.labels
     # In random order, those predicted wrongly last.
@@ -522,7 +521,7 @@ def draw_neighbors(entry, get, args):
     distances, neighbors = nearest_images(train, queries[rows], 6, args)
     figure = Figure(figsize=(9, 12), layout="constrained")
     figure.suptitle(
-        "Left: a query, red if it is predicted wrongly (up to four). Right: the nearest training "
+        "Left: a query, red if it is predicted wrongly. Right: the nearest training "
         f"images\nwith their {CLOSENESS[args.metric]}, red if they are of another class.",
         size=9,
     )
@@ -531,7 +530,8 @@ def draw_neighbors(entry, get, args):
     def show(ax, part, row, red, number=""):
         ax.imshow(visible(get(part[[row]]))[0])
         ax.set_title(entry.class_name(part.labels[row]) + number, fontsize=8)
-        ax.spines[:].set(color="tab:red" if red else "0.7", linewidth=3)
+        ax.spines[:].set_color("tab:red" if red else "0.7")
+        ax.spines[:].set_linewidth(3)
 
     for i, row in enumerate(rows):
         show(axes[i, 0], queries, row, wrong[row])
@@ -685,12 +685,9 @@ def report(results, args):
 
 def write(folder, files):
     """Replace the files of an earlier evaluation by texts, rows of tables and figures."""
-    for place in {(folder / name).parent for name in files}:
-        place.mkdir(parents=True, exist_ok=True)
-        for name in KNOWN:
-            (place / name).unlink(missing_ok=True)
-    for name, content in files.items():
-        path = folder / name
+    paths = {folder / name: content for name, content in files.items()}
+    for path, content in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
             path.write_text(content)
         elif isinstance(content, list):
@@ -698,6 +695,9 @@ def write(folder, files):
                 csv.writer(file).writerows(content)
         else:
             content.savefig(path, dpi=120)
+    for place in {path.parent for path in paths}:
+        for path in {place / name for name in KNOWN} - {*paths}:
+            path.unlink(missing_ok=True)
 
 
 def main(args):
@@ -708,19 +708,21 @@ def main(args):
     runs = read_inputs(args.inputs)
     folder = Path(args.output or f"{runs[0].name if len(runs) == 1 else 'runs'}/knn")
     failed = f"cannot write to --output {str(folder)!r}"
-    # A labels.csv may be the user's own.
-    ours = (folder / "knn.json").exists() or not any(folder.glob("*"))
-    check(ours, f"{failed}: it holds other files; name another folder")
+    with user_errors(failed, OSError):
+        # A labels.csv may be the user's own.
+        ours = not folder.exists() or (folder / "knn.json").exists() or not any(folder.iterdir())
+        check(ours, f"{failed}: it holds other files; name another folder")
     inputs = runs + (pixels_of(runs) if args.pixels else [])
     name_columns(inputs)
     results = [evaluate(entry, args) for entry in inputs]
-    files = report(results, args)
-    for entry in runs:
-        # A folder for each of several runs.
-        place = re.sub(r"[^\w-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
-        files |= {place + name: content for name, content in details(entry, args) if content}
-    # A failure until here leaves earlier files as they are.
-    with user_errors(failed, OSError):
+    # A $ in a name starts no formula.
+    with rc_context({"text.parse_math": False}), user_errors(failed, OSError):
+        files = report(results, args)
+        for entry in runs:
+            # A folder for each of several runs.
+            place = re.sub(r"[^\w-]+", "_", entry.name) + "/" if len(runs) > 1 else ""
+            files |= {place + name: content for name, content in details(entry, args) if content}
+        # A failure until here leaves earlier files as they are.
         write(folder, files)
     print(f"\nwrote {', '.join(name for name in files if '/' not in name)} to {folder}")
     name = f"knn-{runs[0].column}"

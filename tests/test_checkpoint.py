@@ -383,15 +383,15 @@ def test_file_size_limit_keeps_the_checkpoint(stopped, train, folder, finished):
 @pytest.mark.parametrize(
     "at, stop, says, kept",
     [
-        (4, False, "step 4: loss or weights are not finite", 3),
-        (4, True, "step 4: loss or weights are not finite", 3),
+        (4, False, "step 5: the loss is not finite", 3),
+        (4, True, "step 4: the weights are not finite", 3),
         (8, False, "not finite", 6),
     ],
 )
 def test_not_finite_keeps_the_checkpoint(
     train, method, folder, finished, monkeypatch, at, stop, says, kept
 ):
-    """A step that destroys the weights ends the run, and is never saved."""
+    """A step that destroys the weights ends the run at the next loss, and is never saved."""
     rate = method.learning_rate
     with monkeypatch.context() as patch:
         broken = lambda step, *rest: 1e60 if step == at else rate(step, *rest)  # noqa: E731

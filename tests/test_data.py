@@ -290,13 +290,16 @@ def test_bad_images_are_all_named(run_cli, tmp_path):
     tifffile.imwrite(tmp_path / "infrared.tif", noise(8, 8, 4), **rgb)
     tifffile.imwrite(tmp_path / "many.tif", noise(8, 8, 5), photometric="minisblack")
     tifffile.imwrite(tmp_path / "stack.tif", noise(2, 8, 8))
+    values = " ".join(map(str, color.flatten()))
+    (tmp_path / "plain.ppm").write_text(f"P3 8 8 65535 {values}")
+    (tmp_path / "wide.ppm").write_bytes(b"P6 8 8 65535\n" + color.astype(">u2").tobytes())
     with open(tmp_path / "color.png", "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
         PngImagePlugin.putchunk(file, b"IHDR", struct.pack(">2I5B", 8, 8, 16, 2, 0, 0, 0))
         rows = np.pad(color.astype(">u2").view(np.uint8).reshape(8, 48), ((0, 0), (1, 0)))
         PngImagePlugin.putchunk(file, b"IDAT", zlib.compress(rows.tobytes()))
         PngImagePlugin.putchunk(file, b"IEND")
-    drops = "color.tif color.png five.tif infrared.tif planes.tif".split()
+    drops = "color.tif color.png five.tif infrared.tif planes.tif plain.ppm wide.ppm".split()
     says = dict.fromkeys([*cut, "many.tif"], "by --dataset npz") | dict.fromkeys(
         drops, "Pillow drops channels or bits; save transparency as .png"
     )

@@ -517,11 +517,11 @@ def test_tiny_and_collapsed_features(run_cli, tmp_path, n, dim, classes, scale):
 
 
 def test_files_with_little_in_them(run_cli, tmp_path):
-    """A single image without labels; a meta with a data set alone."""
+    """A single image without labels; a meta with a data set alone; a name like a formula."""
     np.savez(tmp_path / "one.npz", train_features=np.ones((1, 5)))
     run_cli(knn_eval, tmp_path / "one.npz")
-    write(tmp_path / "a.npz", meta=np.array(json.dumps(dict(dataset="digits"))))
-    run_cli(knn_eval, tmp_path / "a.npz", "--ks", 5, says=["no pictures"])
+    write(tmp_path / "a$^$b.npz", meta=np.array(json.dumps(dict(dataset="digits"))))
+    run_cli(knn_eval, tmp_path / "a$^$b.npz", "--ks", 5, says=["no pictures"])
 
 
 MISTAKES = {
