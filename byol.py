@@ -338,8 +338,8 @@ def augment(images, view, size):
 def two_views(images, view=PHOTO_VIEW, size=None, mean=0.0, std=1.0):
     """Two random views v1, v2 of uint8 images [N, C, H, W]: float32 [N, C, size, size].
 
-    Values are (view in [0, 1] - mean) / std, mean and std numbers or tensors [C, 1, 1], in
-    channels_last memory. Every image draws its own parameters.
+    They are channels_last. Values are (view in [0, 1] - mean) / std; mean and std are numbers or
+    tensors [C, 1, 1]. Every image draws its own parameters.
     """
     assert images.dtype == torch.uint8, f"two_views needs uint8 images, not {images.dtype}"
     n, channels, height = images.shape[:3]

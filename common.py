@@ -280,8 +280,8 @@ def load_images(
 
     image_size None: the size of the images, at most 224. labels: the CSV file of a folder's labels.
     window (low, high): the values that become 0 and 255 in images with more than 8 bits; None: the
-    0.1 and 99.9 percentile. fit: see `square`. The images stay on a
-    GPU if they take less than a quarter of its free memory. UserError if data is missing or broken.
+    0.1 and 99.9 percentile. fit: see `square`. The images stay on a GPU if they take less than a
+    quarter of its free memory. UserError if data is missing or broken.
     """
     check(not labels or dataset == "folder", f"--labels needs --dataset folder, not {dataset}")
     device, root = torch.device(device), Path(data_dir)
@@ -1091,8 +1091,9 @@ class Run:
         """
         self.totals += torch.stack([loss, spread(z)])
         epoch, i = divmod(step + 1, self.steps_per_epoch)
-        # On a GPU the host waits here; torchrun waits 30 seconds after a signal.
-        if i % (1 if self.device.type == "cpu" else 10):
+        # Ranks agree on a signal only now and then; torchrun waits for them for 30 seconds.
+        every = 1 if self.device.type == "cpu" else 10 if WORLD_SIZE > 1 else 50
+        if i % every and not (self.stop_signal and WORLD_SIZE == 1):
             return
         asked = torch.tensor(self.stop_signal, device=self.device)
         if WORLD_SIZE > 1:

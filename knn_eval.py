@@ -8,8 +8,8 @@ An input is a run folder, or an .npz with train_features [N, D] and, where known
 train_groups [N], test_features [M, D] and test_labels [M]; label -1 is unlabeled. k is chosen by
 leave-one-out on the training images, without the test labels.
 
-To sweep k in your own code, copy everything above the command line. README.md, section kNN
-evaluation, explains the output.
+To sweep k in your own code, copy everything above the section 'the command line'. README.md,
+section kNN evaluation, explains the output.
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ def knn_sweep(
     vote: "uniform" (majority), or "softmax": exp(-distance**2 / 2 / temperature), for cosine
         proportional to exp(similarity / temperature) (Wu et al. 2018, arXiv:1805.01978). The
         smallest label wins a tied vote.
-    device: PyTorch's, of the search (None: the CPU).
+    device: PyTorch device of the search (None: the CPU).
 
     Predictions ("uniform") equal those of scikit-learn's KNeighborsClassifier, except
     where training points of different labels at the same distance straddle k.

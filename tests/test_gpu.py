@@ -16,7 +16,7 @@ import test_methods
 import torch
 import torch.nn.functional as F
 from conftest import at_step, read_log
-from test_knn import test_torch_device_and_small_chunks_equal_scikit_learn  # noqa: F401
+from test_knn import test_device_and_small_chunks_change_no_prediction  # noqa: F401
 from test_losses import losses, test_loss_and_gradient_equal_float64  # noqa: F401
 from test_methods import resumed, small, watched_run  # noqa: F401
 

@@ -38,6 +38,8 @@ class Small(nn.Sequential):
     def __init__(self):
         conv, pool = nn.Conv2d(3, 4, 3, 2), nn.AdaptiveAvgPool2d(1)
         super().__init__(conv, nn.BatchNorm2d(4), nn.ReLU(), pool, nn.Flatten())
+        # As a mask of attention.
+        self.register_buffer("mask", torch.tensor(-torch.inf))
 
 
 def build(module, encoder=None, feature_dim=4, layers=2):
