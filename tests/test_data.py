@@ -341,6 +341,14 @@ def test_12_bits_use_the_whole_range(tmp_path, kind):
     assert np.abs(images.train[:, 0].numpy() - expected).max() <= 1
 
 
+def test_window_of_images_that_are_almost_black(tmp_path):
+    """Both percentiles are 0; the spots stay visible."""
+    images = np.zeros((9, 64, 64), np.uint16)
+    images[:, 5, 7] = 3000
+    found = load_npz(tmp_path, train_images=images).train[:, 0]
+    np.testing.assert_array_equal(found, 255 * (images > 0))
+
+
 def test_window_flag(run_cli, tmp_path):
     """--window fixes the values of black and white, in args.json, encoder.pt and the cache."""
     for i, array in enumerate(twelve_bits(8)):
@@ -468,6 +476,11 @@ def test_labels_split_and_groups_from_a_table(run_cli, scans, tmp_path):
     assert arrays["train_groups"].tolist() == expected and [*arrays["class_names"]] == ["a", "b"]
     assert arrays["train_labels"].tolist() == [0, 1] * 4 + [-1, -1]
     assert arrays["test_labels"].tolist() == [0, 1]
+    # Another table has pixels of its own.
+    words["labels"] = shutil.copy(labels, tmp_path / "other.csv")
+    run_cli(simclr, **words, run_dir=tmp_path / "other")
+    run_cli(knn_eval, run, tmp_path / "other", "--pixels", "--ks", 1)
+    assert len(json.loads(Path("runs/knn/knn.json").read_text())["results"]) == 4
     assert arrays["test_groups"].tolist() == ["g4", "g4"] and "warning" not in result.out
     run_cli(knn_eval, run)
     assert (run / "knn/neighbors.png").exists() and not Path("cache").exists()
@@ -523,6 +536,7 @@ def test_encode_files_equals_embeddings(run_cli, photos, tmp_path):
             encoder = common.build_encoder("resnet10", 16, 16)[0] if size else None
             found = common.encode_files(tmp_path / f"{size}/encoder.pt", files, encoder=encoder)
         np.testing.assert_allclose(found, arrays["train_features"], rtol=1e-3, atol=1e-4)
+        assert encoder is None or not encoder.training
     assert sorted(photos.rglob("*")) == before
 
 
@@ -690,14 +704,14 @@ def test_npz_forms(tmp_path, shape):
 
 
 def test_npz_without_labels_or_test(tmp_path, capsys):
-    """Missing labels are -1 and missing test images none; test images may have another size.
+    """Missing and negative labels are -1; test images may be missing or have another size.
 
     A group in training and test is a warning with the number.
     """
     images = load_npz(tmp_path, train_images=noise(6, 8, 8))
     assert images.train_labels.tolist() == [-1] * 6 and images.class_names == []
     assert images.test.shape == (0, 3, 8, 8)
-    test = dict(test_images=noise(2, 16, 12), test_labels=[1, -1], test_groups=[3, 7])
+    test = dict(test_images=noise(2, 16, 12), test_labels=[1, -5], test_groups=[3, 7])
     test["train_groups"] = [3, 3, 2, 2, 1, 1]
     images = load_npz(tmp_path, train_images=noise(6, 8, 8), **test)
     assert images.test.shape == (2, 3, 8, 8) and images.test_labels.tolist() == [1, -1]
